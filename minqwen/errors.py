@@ -1,0 +1,25 @@
+"""A user's mistake, told in one line: what is wrong, where, what was expected, what to do."""
+
+
+class MinqwenError(ValueError):
+    """Base of every error a user can cause. Command lines print it as one line and exit with 2."""
+
+
+class ConfigError(MinqwenError):
+    """config.json or generation_config.json says something that cannot be."""
+
+
+class CheckpointError(MinqwenError):
+    """A weight file is missing, damaged, unsafe, or does not fit its config."""
+
+
+class TokenizerError(MinqwenError):
+    """A tokenizer or chat template cannot be loaded or applied."""
+
+
+class ParallelError(MinqwenError):
+    """A tensor-parallel degree that cannot work, or a rank that went away."""
+
+
+class SamplingError(MinqwenError):
+    """A sampling parameter or request that cannot be served."""
