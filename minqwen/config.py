@@ -1,0 +1,591 @@
+"""What config.json says about a Qwen2 model, checked, and what follows from it: shapes, bytes and FLOPs.
+
+`ModelConfig` reads both layouts in circulation: transformers 4 (`torch_dtype`, `rope_theta`, `rope_scaling`) and
+transformers 5 (`dtype`, `rope_parameters`). Nothing is guessed: a key that would change the function computed and
+that this package does not implement is refused. `GenerationDefaults` reads generation_config.json.
+
+Letters in comments: L layers, D hidden_size, I intermediate_size, H query heads, K key/value heads, d head_dim,
+V vocabulary rows.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minqwen.errors import ConfigError
+
+BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+ARCHITECTURES = {"qwen2": ("Qwen2ForCausalLM", "Qwen2Model"), "llama": ("LlamaForCausalLM", "LlamaModel")}
+
+
+def _wrong(where: str, found: Any, expected: str, remedy: str = "") -> ConfigError:
+    """The one shape of every error here: where, what was found, what was expected, what to do; one line."""
+    shown = repr(found)
+    shown = shown if len(shown) <= 100 else shown[:97] + "..."
+    text = f"{where} is {shown}, expected {expected}" + (f"; {remedy}" if remedy else "")
+    return ConfigError(text.replace("\n", "\\n").replace("\r", "\\r"))
+
+
+def _int(where: str, value: Any, minimum: int, optional: bool = False) -> int | None:
+    if optional and value is None:
+        return None
+    if type(value) is not int or value < minimum:  # `type`, not isinstance: True is no size
+        wanted = f"an integer of at least {minimum}" + (" or null" if optional else "")
+        raise _wrong(where, value, wanted, "correct it")
+    return value
+
+
+def _float(where: str, value: Any, low: float = 0.0, high: float = math.inf, open_low: bool = True) -> float:
+    """A finite number in (low, high], or [low, high] when open_low is False; JSON integers are welcome."""
+    if type(value) in (int, float) and abs(value) < 1e300:  # also false for NaN; 1e300 keeps huge integers out
+        if (low < value or (not open_low and low == value)) and value <= high:
+            return float(value)
+    wanted = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
+    raise _wrong(where, value, wanted + ("" if high == math.inf else f" and at most {high:g}"), "correct it")
+
+
+def _bool(where: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise _wrong(where, value, "true or false", "correct it")
+    return value
+
+
+def _token_ids(where: str, value: Any) -> tuple[int, ...]:
+    """A token id, a list of them, or null, as a tuple without repeats."""
+    values = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+    for v in values:
+        if type(v) is not int or v < 0:
+            raise _wrong(where, value, "a token id, a list of token ids, or null", "correct it")
+    return tuple(dict.fromkeys(values))
+
+
+def _dtype_name(where: str, dtype: Any) -> str:
+    """`dtype` (a name, or a torch.dtype) as one of the names of BYTES_PER_ELEMENT."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in BYTES_PER_ELEMENT:
+        raise _wrong(where, dtype, f"one of {', '.join(BYTES_PER_ELEMENT)}", "correct it")
+    return name
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    d = dict(pairs)
+    if len(d) != len(pairs):
+        keys = [k for k, _ in pairs]
+        repeated = next(k for k in keys if keys.count(k) > 1)
+        raise ValueError(f"the key {repeated!r} appears more than once")
+    return d
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ConfigError if there is none or it repeats a key."""
+    source = str(path).replace("\n", "\\n")
+    try:
+        d = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys)
+    except OSError as e:
+        raise ConfigError(f"{source}: cannot be read ({e.strerror or e}), expected a JSON file; "
+                          "point to a Hugging Face model directory") from None
+    except (ValueError, RecursionError) as e:  # bad JSON, bad UTF-8, integers too long for Python
+        reason = str(e).replace("\n", " ")
+        raise ConfigError(f"{source}: is not valid JSON ({reason}), expected one object with unique keys; "
+                          "fetch the file again or repair it") from None
+    if not isinstance(d, dict):
+        raise _wrong(f"{source}: the top level", d, "a JSON object", "fetch the file again or repair it")
+    return d
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071), the only RoPE scaling Qwen2.5 uses; names as in transformers.
+
+    factor: context extension, >= 1. original_max_position_embeddings: positions seen in training.
+    attention_factor: multiplies cos and sin; None derives it from factor (and mscale, mscale_all_dim).
+    beta_fast, beta_slow: rotations over the original context that bound the ramp. truncate: round the ramp's
+    ends outwards to whole dimensions. Raises ConfigError.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
+        put("factor", _float("RopeScaling.factor", self.factor, 1.0, open_low=False))
+        _int("RopeScaling.original_max_position_embeddings", self.original_max_position_embeddings, 1)
+        for name in ("beta_fast", "beta_slow"):
+            put(name, _float(f"RopeScaling.{name}", getattr(self, name)))
+        if self.beta_fast < self.beta_slow:
+            raise _wrong("RopeScaling.beta_fast", self.beta_fast, f"at least beta_slow ({self.beta_slow:g})",
+                         "exchange the two")
+        if self.attention_factor is not None:
+            put("attention_factor", _float("RopeScaling.attention_factor", self.attention_factor))
+        for name in ("mscale", "mscale_all_dim"):  # zero means unset, as in transformers
+            if getattr(self, name) is not None:
+                put(name, _float(f"RopeScaling.{name}", getattr(self, name), open_low=False))
+        _bool("RopeScaling.truncate", self.truncate)
+
+
+ROPE_FIELDS = tuple(f.name for f in dataclasses.fields(RopeScaling))
+
+
+def _read_rope_block(source: str, name: str, block: Any, d: Mapping) -> tuple[float | None, RopeScaling | None]:
+    """(rope_theta or None, scaling) of one `rope_scaling` or `rope_parameters` object; d is the whole config."""
+    where = f"{source}: {name}"
+    if not isinstance(block, Mapping):
+        raise _wrong(where, block, "an object or null", "remove it for plain RoPE")
+    kind = block.get("rope_type", block.get("type"))
+    kind = "default" if kind is None else kind
+    if block.get("type", kind) != kind:
+        raise _wrong(f"{where}.type", block["type"], f"the same as rope_type ({kind!r})", "keep one of the two")
+    if kind not in ("default", "yarn"):
+        raise _wrong(f"{where}.rope_type", kind, "'default' or 'yarn'", "Qwen2.5 uses no other RoPE")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    known |= set(ROPE_FIELDS) if kind == "yarn" else set()
+    for key in block:
+        if key not in known:
+            raise _wrong(f"{where}.{key}", block[key], f"no such key for rope type {kind!r}",
+                         "remove it, or name the rope_type it belongs to")
+    if block.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _wrong(f"{where}.partial_rotary_factor", block["partial_rotary_factor"], "1.0 or no such key",
+                     "Qwen2 rotates whole heads")
+    theta = block.get("rope_theta")
+    if kind == "default":
+        return theta, None
+    # Absent or null: the defaults of transformers 5, which also reads `original...` from the top level (Phi-3's way).
+    given = {k: block[k] for k in ROPE_FIELDS if block.get(k) is not None or (k == "truncate" and k in block)}
+    top = d.get("original_max_position_embeddings")
+    original = given.setdefault("original_max_position_embeddings",
+                                d["max_position_embeddings"] if top is None else top)
+    if top is not None and top != original:
+        raise _wrong(f"{where}.original_max_position_embeddings", original,
+                     f"the same as the top-level key ({top!r})", "keep one of the two")
+    _int(f"{where}.original_max_position_embeddings", original, 1)
+    maximum = _int(f"{source}: max_position_embeddings", d["max_position_embeddings"], 1)
+    given.setdefault("factor", maximum / original)
+    try:
+        return theta, RopeScaling(**given)
+    except ConfigError as e:
+        raise ConfigError(f"{where}.{str(e).removeprefix('RopeScaling.')}") from None
+
+
+def _read_rope(source: str, d: Mapping) -> tuple[Any, RopeScaling | None]:
+    """rope_theta and scaling from either layout, or both where they agree."""
+    thetas = [(f"{source}: rope_theta", d["rope_theta"])] if d.get("rope_theta") is not None else []
+    scalings = []
+    for name in ("rope_scaling", "rope_parameters"):
+        if d.get(name) not in (None, {}):
+            theta, scaling = _read_rope_block(source, name, d[name], d)
+            scalings.append(scaling)
+            if theta is not None:
+                thetas.append((f"{source}: {name}.rope_theta", theta))
+    if not thetas:
+        raise ConfigError(f"{source}: rope_theta is missing, expected it at the top level or in rope_parameters; "
+                          "add it (1000000.0 in most Qwen2.5 models)")
+    for where, theta in thetas:
+        _float(where, theta)
+        if theta != thetas[0][1]:
+            raise _wrong(where, theta, f"the same as {thetas[0][0].removeprefix(source + ': ')} ({thetas[0][1]!r})",
+                         "keep one of the two")
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise _wrong(f"{source}: rope_scaling", d["rope_scaling"], "the same as rope_parameters",
+                     "keep one of the two")
+    return thetas[0][1], scalings[0] if scalings else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One Qwen2 model's hyperparameters under Hugging Face's names. Sizes are counts; raises ConfigError.
+
+    Left out, num_key_value_heads is num_attention_heads and head_dim is hidden_size / num_attention_heads, provided
+    that it divides. Once set, head_dim never follows the other two. num_attention_heads is any multiple of
+    num_key_value_heads. `raw` holds every key of the config.json read, so that writing it again loses nothing;
+    it and `source` (the name used in errors) take no part in equality.
+
+    model_type "llama" is the Qwen2 function under the other name: attention_bias true, which there also gives
+    o_proj a bias; it has to be zero, and parameter_shapes() lists it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = None
+    head_dim: int = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    dtype: str = "bfloat16"
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    model_type: str = "qwen2"
+    quantization_config: dict | None = field(default=None, hash=False)
+    raw: dict = field(default_factory=dict, repr=False, compare=False)
+    source: str = field(default="ModelConfig", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
+        at = lambda name: f"{self.source}: {name}"  # noqa: E731
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "max_position_embeddings"):
+            _int(at(name), getattr(self, name), 1)
+        H, D = self.num_attention_heads, self.hidden_size
+        K = H if self.num_key_value_heads is None else self.num_key_value_heads
+        put("num_key_value_heads", _int(at("num_key_value_heads"), K, 1))
+        if H % K:
+            raise _wrong(at("num_attention_heads"), H, f"a multiple of num_key_value_heads ({K})",
+                         "every key/value head serves the same number of query heads")
+        if self.head_dim is None and D % H:
+            raise _wrong(at("head_dim"), None, f"a value, since num_attention_heads ({H}) does not divide "
+                         f"hidden_size ({D})", "write head_dim into the config")
+        put("head_dim", _int(at("head_dim"), D // H if self.head_dim is None else self.head_dim, 2))
+        if self.head_dim % 2:
+            raise _wrong(at("head_dim"), self.head_dim, "an even number",
+                         "rotary embedding pairs the dimensions of a head")
+        for name in ("rms_norm_eps", "rope_theta"):
+            put(name, _float(at(name), getattr(self, name)))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise _wrong(at("rope_scaling"), self.rope_scaling, "a RopeScaling or None", "build one")
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            raise _wrong(at("rope_theta"), self.rope_theta, "a number above 1 with YaRN", "it divides by its log")
+        _bool(at("tie_word_embeddings"), self.tie_word_embeddings)
+        put("dtype", _dtype_name(at("dtype"), self.dtype))
+        put("eos_token_id", _token_ids(at("eos_token_id"), self.eos_token_id))
+        for name in ("bos_token_id", "pad_token_id"):
+            _int(at(name), getattr(self, name), 0, optional=True)
+        if self.model_type not in ARCHITECTURES:
+            raise _wrong(at("model_type"), self.model_type, " or ".join(map(repr, ARCHITECTURES)),
+                         "only the dense Qwen2 architecture is implemented")
+        if not isinstance(self.quantization_config, dict | None):
+            raise _wrong(at("quantization_config"), self.quantization_config, "an object or null", "correct it")
+        put("quantization_config", copy.deepcopy(self.quantization_config))
+        put("raw", copy.deepcopy(dict(self.raw)))
+
+    # ---- reading
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> "ModelConfig":
+        """Reads config.json, given its path or its directory's."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        return cls.from_dict(_read_json_object(path), source=str(path).replace("\n", "\\n"))
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
+        """Checks a config.json already parsed; `source` is the file's name in errors.
+
+        Keys that decide what is computed must be there; token ids may be absent, and so may the dtype, which is then
+        float32 as in PyTorch. Keys that no Qwen2 forward pass reads are only kept (`raw`).
+        """
+        if not isinstance(d, Mapping):
+            raise _wrong(f"{source}: the top level", d, "a JSON object", "fetch the file again or repair it")
+        required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                    "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps",
+                    "max_position_embeddings", "tie_word_embeddings")
+        for key in required:
+            if key not in d:
+                raise ConfigError(f"{source}: {key} is missing, expected in every Qwen2 config; "
+                                  "fetch the file again or add the key")
+        _check_function(source, d)
+        rope_theta, rope_scaling = _read_rope(source, d)
+        names = [k for k in ("dtype", "torch_dtype") if d.get(k) is not None]
+        dtypes = [_dtype_name(f"{source}: {k}", d[k]) for k in names]
+        if len(set(dtypes)) == 2:
+            raise _wrong(f"{source}: torch_dtype", dtypes[1], f"the same as dtype ({dtypes[0]!r})",
+                         "keep one of the two")
+        same_name = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
+                     "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "model_type",
+                     "quantization_config")
+        return cls(**{k: d.get(k) for k in same_name}, rope_theta=rope_theta, rope_scaling=rope_scaling,
+                   dtype=dtypes[0] if dtypes else "float32", raw=dict(d), source=source)
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some fields changed, validated like a file. head_dim stays unless it is changed itself."""
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
+        if unknown:
+            raise _wrong("ModelConfig.replace", unknown[0], "a field of ModelConfig", "correct the name")
+        # Through to_dict, so that `raw` follows and keys that depend on each other are checked again.
+        return ModelConfig.from_dict(dataclasses.replace(self, **changes).to_dict(), self.source)
+
+    # ---- writing
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json in Hugging Face's layout: `raw` with every changed field updated, head_dim always written.
+
+        The layout that was read is kept (rope_theta and rope_scaling, or rope_parameters; torch_dtype or dtype); a
+        config that was not read from anywhere gets the older one, which transformers 4 and 5 both read.
+        """
+        d = copy.deepcopy(self.raw)
+        if d.get("model_type") != self.model_type or not d.get("architectures"):
+            d.update(architectures=[ARCHITECTURES[self.model_type][0]], model_type=self.model_type, hidden_act="silu")
+            d.pop("attention_bias", None)
+            if self.model_type == "llama":
+                d.update(attention_bias=True, mlp_bias=False)
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
+                    "tie_word_embeddings"):
+            d[key] = getattr(self, key)
+        for key in ("bos_token_id", "pad_token_id", "quantization_config"):
+            if key in d or getattr(self, key) is not None:
+                d[key] = copy.deepcopy(getattr(self, key))
+        if _token_ids("eos_token_id", d.get("eos_token_id")) != self.eos_token_id:
+            ids = list(self.eos_token_id)
+            d["eos_token_id"] = ids if len(ids) > 1 else ids[0] if ids else None
+        for key in [k for k in ("dtype", "torch_dtype") if k in d] or ["torch_dtype"]:
+            if d.get(key) is None or _dtype_name(key, d[key]) != self.dtype:
+                d[key] = self.dtype
+        if d.get("layer_types") is not None:
+            d["layer_types"] = ["full_attention"] * self.num_hidden_layers
+        self._write_rope(d)
+        return d
+
+    def _write_rope(self, d: dict[str, Any]) -> None:
+        """Brings d's rope_theta, rope_scaling and rope_parameters, those that are there, in line with the fields."""
+        new_layout = bool(d.get("rope_parameters"))
+        if not new_layout or d.get("rope_theta") is not None:
+            d["rope_theta"] = self.rope_theta
+        if d.get("original_max_position_embeddings") is not None and self.rope_scaling is not None:
+            d["original_max_position_embeddings"] = self.rope_scaling.original_max_position_embeddings
+        names = [k for k in ("rope_scaling", "rope_parameters") if d.get(k)]
+        if not names and self.rope_scaling is not None:
+            names = ["rope_scaling"]
+        for name in names:
+            block = d.get(name) or {}
+            if "rope_theta" in block or name == "rope_parameters":
+                block["rope_theta"] = self.rope_theta
+            kind = "default" if self.rope_scaling is None else "yarn"
+            for key in [k for k in ("rope_type", "type") if k in block] or ["rope_type"]:
+                block[key] = kind
+            for key in ROPE_FIELDS:
+                value = getattr(self.rope_scaling, key, None)
+                default = RopeScaling.__dataclass_fields__[key].default
+                if self.rope_scaling is None:
+                    block.pop(key, None)
+                elif block.get(key, default) is None and value == default:
+                    pass  # null or absent means the default already
+                elif key in block or value != default:
+                    block[key] = value
+            d[name] = block
+
+    def save(self, directory: str | os.PathLike) -> Path:
+        """Writes directory/config.json (replacing it in one step) and returns its path."""
+        path = Path(directory) / "config.json"
+        temporary = path.with_name(f".config.json.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as e:
+            temporary.unlink(missing_ok=True)
+            raise ConfigError(f"{path}: cannot be written ({e.strerror or e}), expected a writable directory; "
+                              "choose another") from None
+        return path
+
+    # ---- what follows
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head, H / K."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def q_size(self) -> int:
+        """Rows of q_proj, H * d."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of k_proj and of v_proj, K * d."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def context_length(self) -> int:
+        """Tokens up to which full attention with this RoPE is what the model's makers meant.
+
+        max_position_embeddings, or YaRN's factor * original where that is more (Qwen's documented block leaves
+        max_position_embeddings at 32,768). A model with dual_chunk_attention_config (the 1M models) equals full
+        attention only up to that block's original_max_position_embeddings, 262,144.
+        """
+        length = self.max_position_embeddings
+        if self.rope_scaling is not None:
+            scaled = self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings
+            length = max(length, int(scaled))
+        dual_chunk = self.raw.get("dual_chunk_attention_config")
+        return min(length, dual_chunk["original_max_position_embeddings"]) if dual_chunk else length
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's Hugging Face name and shape, in module order; no lm_head.weight when it is tied."""
+        D, I, Q, KV = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size
+        shapes = {"model.embed_tokens.weight": (self.vocab_size, D)}
+        for i in range(self.num_hidden_layers):
+            layer = f"model.layers.{i}."
+            shapes |= {layer + "self_attn.q_proj.weight": (Q, D), layer + "self_attn.q_proj.bias": (Q,),
+                       layer + "self_attn.k_proj.weight": (KV, D), layer + "self_attn.k_proj.bias": (KV,),
+                       layer + "self_attn.v_proj.weight": (KV, D), layer + "self_attn.v_proj.bias": (KV,),
+                       layer + "self_attn.o_proj.weight": (D, Q)}
+            if self.model_type == "llama":
+                shapes[layer + "self_attn.o_proj.bias"] = (D,)
+            shapes |= {layer + "mlp.gate_proj.weight": (I, D), layer + "mlp.up_proj.weight": (I, D),
+                       layer + "mlp.down_proj.weight": (D, I),
+                       layer + "input_layernorm.weight": (D,), layer + "post_attention_layernorm.weight": (D,)}
+        shapes["model.norm.weight"] = (D,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, D)
+        return shapes
+
+    def _matrix_parameters(self) -> int:
+        """Elements of one layer's seven matrices: q and o, k and v, gate, up and down."""
+        return self.hidden_size * (2 * self.q_size + 2 * self.kv_size + 3 * self.intermediate_size)
+
+    def num_parameters(self) -> int:
+        """Parameters stored, a tied head counted once: 7,615,616,512 for Qwen2.5-7B."""
+        vectors = self.q_size + 2 * self.kv_size + 2 * self.hidden_size  # q, k, v biases and two norms
+        vectors += self.hidden_size if self.model_type == "llama" else 0  # o_proj.bias
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * (self._matrix_parameters() + vectors) + self.hidden_size
+
+    def weight_bytes(self, dtype: Any = None) -> int:
+        """Bytes of all parameters in `dtype` (a name or a torch.dtype; default the config's), unquantised."""
+        return self.num_parameters() * BYTES_PER_ELEMENT[_dtype_name("dtype", dtype or self.dtype)]
+
+    def kv_bytes_per_token(self, dtype: Any = None) -> int:
+        """Bytes that one token's keys and values take, 2 * L * K * d elements: 57,344 for the 7B in bfloat16."""
+        elements = 2 * self.num_hidden_layers * self.kv_size
+        return elements * BYTES_PER_ELEMENT[_dtype_name("dtype", dtype or self.dtype)]
+
+    def flops_per_token(self, context_len: int, lm_head: bool = True) -> int:
+        """FLOPs of one token's forward pass that attends to `context_len` tokens, itself included.
+
+            2 * (L * (2*D*H*d + 2*D*K*d + 3*D*I) + V*D)  +  4 * L * H * d * context_len
+
+        A multiply-add counts 2. First term: every matrix once, with lm_head (drop V*D with lm_head=False, as in the
+        prefill of all but the last position). Second: scores q.k and the weighted sum of values. Element-wise work
+        (norms, biases, softmax, RoPE, SiLU) and the embedding look-up are not counted. For Qwen2.5-7B:
+        14,141,095,936 + 401,408 * context_len (without the head 13,051,101,184).
+        """
+        _int("flops_per_token: context_len", context_len, 0)
+        matrices = self.num_hidden_layers * self._matrix_parameters()
+        matrices += self.vocab_size * self.hidden_size if lm_head else 0
+        return 2 * matrices + 4 * self.num_hidden_layers * self.q_size * context_len
+
+
+def _check_function(source: str, d: Mapping[str, Any]) -> None:
+    """Refuses keys outside ModelConfig's fields that ask for another function than Qwen2's."""
+    model_type, architectures = d["model_type"], d.get("architectures")
+    if model_type not in tuple(ARCHITECTURES):
+        raise _wrong(f"{source}: model_type", model_type, " or ".join(map(repr, ARCHITECTURES)),
+                     "only the dense Qwen2 architecture is implemented")
+    if architectures is not None:
+        known = ARCHITECTURES[model_type]
+        if not isinstance(architectures, (list, tuple)) or not set(map(str, architectures)) <= set(known):
+            raise _wrong(f"{source}: architectures", architectures, f"[{known[0]!r}]",
+                         "only the dense causal language model is implemented")
+    if d["hidden_act"] != "silu":
+        raise _wrong(f"{source}: hidden_act", d["hidden_act"], "'silu'", "no other activation is implemented")
+
+    # Llama asks for its biases; Qwen2 always has them on q, k, v and never elsewhere, whatever a stray key says.
+    bias = d.get("attention_bias", model_type == "qwen2")
+    if bias is not True:
+        raise _wrong(f"{source}: attention_bias", d.get("attention_bias"), "true (biases on q, k and v)",
+                     "a model without them is not a Qwen2 model")
+    if d.get("mlp_bias", False) is not False:
+        raise _wrong(f"{source}: mlp_bias", d["mlp_bias"], "false", "Qwen2's MLP has no biases")
+    if d.get("use_mrope", False) not in (False, None):
+        raise _wrong(f"{source}: use_mrope", d["use_mrope"], "false", "multimodal RoPE is not implemented")
+    if d.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise _wrong(f"{source}: partial_rotary_factor", d["partial_rotary_factor"], "1.0 or no such key",
+                     "Qwen2 rotates whole heads")
+
+    dual_chunk = d.get("dual_chunk_attention_config")
+    if dual_chunk is not None:
+        where = f"{source}: dual_chunk_attention_config"
+        if not isinstance(dual_chunk, Mapping):
+            raise _wrong(where, dual_chunk, "an object or null", "correct it")
+        _int(f"{where}.original_max_position_embeddings", dual_chunk.get("original_max_position_embeddings"), 1)
+    _check_no_layer_slides(source, d)
+
+
+def _check_no_layer_slides(source: str, d: Mapping[str, Any]) -> None:
+    """transformers' rule: layer_types decides; without it, layers from max_window_layers on slide, if any do."""
+    remedy = "sliding-window attention is not implemented; set use_sliding_window to false for full attention"
+    layers, types = d["num_hidden_layers"], d.get("layer_types")
+    if types is not None:
+        if not isinstance(types, (list, tuple)) or len(types) != layers:
+            raise _wrong(f"{source}: layer_types", types, f"one entry for each of {layers!r} layers", "correct it")
+        for i, kind in enumerate(types):
+            if kind != "full_attention":
+                raise _wrong(f"{source}: layer_types[{i}]", kind, "'full_attention'",
+                             "sliding-window attention is not implemented; write full_attention for every layer")
+    sliding = d.get("use_sliding_window")
+    if sliding is not None and _bool(f"{source}: use_sliding_window", sliding) and types is None:
+        window = d.get("sliding_window", "missing")
+        if window is None:
+            return
+        first = d.get("max_window_layers")
+        if type(first) is not int or type(layers) is not int or first < layers:
+            raise _wrong(f"{source}: use_sliding_window", True,
+                         f"false, or max_window_layers ({first!r}) of at least num_hidden_layers ({layers!r})", remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """What generation_config.json asks for, to be used where the caller says nothing; raises ConfigError.
+
+    temperature 0 means greedy, and is what do_sample false or absent gives, as in transformers. Left out, every other
+    value is the one that does nothing: top_p 1, top_k 0 (off), min_p 0, repetition_penalty 1 (transformers itself
+    would apply a top_k of 50). eos_token_ids joins generation_config.json's stop tokens and config.json's.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    do_sample: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    max_new_tokens: int | None = None
+
+    @classmethod
+    def from_dir(cls, path: str | os.PathLike, config: ModelConfig) -> "GenerationDefaults":
+        """Reads path/generation_config.json; without that file, greedy with config.json's token ids."""
+        file = Path(path) / "generation_config.json"
+        d = _read_json_object(file) if os.path.lexists(file) else {}
+        return cls.from_dict(d, config, source=str(file).replace("\n", "\\n"))
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any], config: ModelConfig,
+                  source: str = "generation_config.json") -> "GenerationDefaults":
+        """Checks a generation_config.json already parsed. null counts as absent."""
+        d = {k: v for k, v in d.items() if v is not None}
+        at = lambda name: f"{source}: {name}"  # noqa: E731
+        do_sample = _bool(at("do_sample"), d.get("do_sample", False))
+        temperature = _float(at("temperature"), d.get("temperature", 1.0), open_low=False)
+        stops = _token_ids(at("eos_token_id"), d.get("eos_token_id")) + config.eos_token_id
+        return cls(
+            temperature=temperature if do_sample else 0.0,
+            top_p=_float(at("top_p"), d.get("top_p", 1.0), high=1.0),
+            top_k=max(0, _int(at("top_k"), d.get("top_k", 0), -1)),  # some files write -1 for off
+            min_p=_float(at("min_p"), d.get("min_p", 0.0), high=1.0, open_low=False),
+            repetition_penalty=_float(at("repetition_penalty"), d.get("repetition_penalty", 1.0)),
+            do_sample=do_sample,
+            eos_token_ids=tuple(dict.fromkeys(stops)),
+            bos_token_id=_int(at("bos_token_id"), d.get("bos_token_id", config.bos_token_id), 0, optional=True),
+            pad_token_id=_int(at("pad_token_id"), d.get("pad_token_id", config.pad_token_id), 0, optional=True),
+            max_new_tokens=_int(at("max_new_tokens"), d.get("max_new_tokens"), 1, optional=True),
+        )
