@@ -1,11 +1,12 @@
 """What config.json says about a Qwen2 model, checked, and what follows from it: shapes, bytes and FLOPs.
 
-`ModelConfig` reads both layouts in circulation: transformers 4 (`torch_dtype`, `rope_theta`, `rope_scaling`) and
-transformers 5 (`dtype`, `rope_parameters`). Nothing is guessed: a key that would change the function computed and
-that this package does not implement is refused. `GenerationDefaults` reads generation_config.json.
+`ModelConfig` reads both layouts in circulation: transformers 4 (`torch_dtype`, `rope_theta`, `rope_scaling`)
+and transformers 5 (`dtype`, `rope_parameters`). Nothing is guessed: a key that would change the function
+computed, and that this package does not implement, is refused. `GenerationDefaults` reads
+generation_config.json.
 
-Letters in comments: L layers, D hidden_size, I intermediate_size, H query heads, K key/value heads, d head_dim,
-V vocabulary rows.
+Letters in formulas: L layers, D hidden_size, I intermediate_size, H query heads, K key/value heads,
+d head_dim, V vocabulary rows.
 """
 
 import copy
@@ -20,22 +21,28 @@ from typing import Any
 
 from minqwen.errors import ConfigError
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 ARCHITECTURES = {"qwen2": ("Qwen2ForCausalLM", "Qwen2Model"), "llama": ("LlamaForCausalLM", "LlamaModel")}
 
 
-def _wrong(where: str, found: Any, expected: str, remedy: str = "") -> ConfigError:
+def _error(text: str) -> ConfigError:
+    """ConfigError of one line, whatever control characters a file or its name contains."""
+    return ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+def _wrong(where: str, found: Any, expected: str, remedy: str) -> ConfigError:
     """The one shape of every error here: where, what was found, what was expected, what to do; one line."""
     shown = repr(found)
     shown = shown if len(shown) <= 100 else shown[:97] + "..."
-    text = f"{where} is {shown}, expected {expected}" + (f"; {remedy}" if remedy else "")
-    return ConfigError(text.replace("\n", "\\n").replace("\r", "\\r"))
+    return _error(f"{where} is {shown}, expected {expected}; {remedy}")
 
 
 def _int(where: str, value: Any, minimum: int, optional: bool = False) -> int | None:
     if optional and value is None:
         return None
-    if type(value) is not int or value < minimum:  # `type`, not isinstance: True is no size
+    if type(value) is not int or not minimum <= value < 2**63:  # `type`, not isinstance: True is no size
         wanted = f"an integer of at least {minimum}" + (" or null" if optional else "")
         raise _wrong(where, value, wanted, "correct it")
     return value
@@ -43,7 +50,7 @@ def _int(where: str, value: Any, minimum: int, optional: bool = False) -> int | 
 
 def _float(where: str, value: Any, low: float = 0.0, high: float = math.inf, open_low: bool = True) -> float:
     """A finite number in (low, high], or [low, high] when open_low is False; JSON integers are welcome."""
-    if type(value) in (int, float) and abs(value) < 1e300:  # also false for NaN; 1e300 keeps huge integers out
+    if type(value) in (int, float) and abs(value) < 1e300:  # false for NaN and infinity too
         if (low < value or (not open_low and low == value)) and value <= high:
             return float(value)
     wanted = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
@@ -84,24 +91,22 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ConfigError if there is none or it repeats a key."""
-    source = str(path).replace("\n", "\\n")
     try:
         d = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys)
     except OSError as e:
-        raise ConfigError(f"{source}: cannot be read ({e.strerror or e}), expected a JSON file; "
-                          "point to a Hugging Face model directory") from None
+        raise _error(f"{path}: cannot be read ({e.strerror or e}), expected a JSON file; "
+                     "point to a Hugging Face model directory") from None
     except (ValueError, RecursionError) as e:  # bad JSON, bad UTF-8, integers too long for Python
-        reason = str(e).replace("\n", " ")
-        raise ConfigError(f"{source}: is not valid JSON ({reason}), expected one object with unique keys; "
-                          "fetch the file again or repair it") from None
+        raise _error(f"{path}: is not valid JSON ({e}), expected one object with unique keys; "
+                     "fetch the file again or repair it") from None
     if not isinstance(d, dict):
-        raise _wrong(f"{source}: the top level", d, "a JSON object", "fetch the file again or repair it")
+        raise _wrong(f"{path}: the top level", d, "a JSON object", "fetch the file again or repair it")
     return d
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071), the only RoPE scaling Qwen2.5 uses; names as in transformers.
+    """YaRN (Peng et al. 2023, arXiv 2309.00071), the only RoPE scaling Qwen2.5 uses; transformers' names.
 
     factor: context extension, >= 1. original_max_position_embeddings: positions seen in training.
     attention_factor: multiplies cos and sin; None derives it from factor (and mscale, mscale_all_dim).
@@ -138,15 +143,15 @@ class RopeScaling:
 ROPE_FIELDS = tuple(f.name for f in dataclasses.fields(RopeScaling))
 
 
-def _read_rope_block(source: str, name: str, block: Any, d: Mapping) -> tuple[float | None, RopeScaling | None]:
-    """(rope_theta or None, scaling) of one `rope_scaling` or `rope_parameters` object; d is the whole config."""
+def _read_rope_block(source: str, name: str, block: Any, d: Mapping) -> tuple[Any, RopeScaling | None]:
+    """(rope_theta or None, scaling) of the `rope_scaling` or `rope_parameters` object of the config d."""
     where = f"{source}: {name}"
     if not isinstance(block, Mapping):
         raise _wrong(where, block, "an object or null", "remove it for plain RoPE")
     kind = block.get("rope_type", block.get("type"))
     kind = "default" if kind is None else kind
     if block.get("type", kind) != kind:
-        raise _wrong(f"{where}.type", block["type"], f"the same as rope_type ({kind!r})", "keep one of the two")
+        raise _wrong(f"{where}.type", block["type"], f"the same as rope_type ({kind!r})", "keep one of them")
     if kind not in ("default", "yarn"):
         raise _wrong(f"{where}.rope_type", kind, "'default' or 'yarn'", "Qwen2.5 uses no other RoPE")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -161,44 +166,43 @@ def _read_rope_block(source: str, name: str, block: Any, d: Mapping) -> tuple[fl
     theta = block.get("rope_theta")
     if kind == "default":
         return theta, None
-    # Absent or null: the defaults of transformers 5, which also reads `original...` from the top level (Phi-3's way).
+    maximum = _int(f"{source}: max_position_embeddings", d["max_position_embeddings"], 1)
+    # Absent or null: the defaults of transformers 5, which reads `original...` from the top level too.
     given = {k: block[k] for k in ROPE_FIELDS if block.get(k) is not None or (k == "truncate" and k in block)}
     top = d.get("original_max_position_embeddings")
-    original = given.setdefault("original_max_position_embeddings",
-                                d["max_position_embeddings"] if top is None else top)
+    original = given.setdefault("original_max_position_embeddings", maximum if top is None else top)
     if top is not None and top != original:
         raise _wrong(f"{where}.original_max_position_embeddings", original,
-                     f"the same as the top-level key ({top!r})", "keep one of the two")
+                     f"the same as the top-level key ({top!r})", "keep one of them")
     _int(f"{where}.original_max_position_embeddings", original, 1)
-    maximum = _int(f"{source}: max_position_embeddings", d["max_position_embeddings"], 1)
     given.setdefault("factor", maximum / original)
     try:
         return theta, RopeScaling(**given)
     except ConfigError as e:
-        raise ConfigError(f"{where}.{str(e).removeprefix('RopeScaling.')}") from None
+        raise _error(f"{where}.{str(e).removeprefix('RopeScaling.')}") from None
 
 
 def _read_rope(source: str, d: Mapping) -> tuple[Any, RopeScaling | None]:
     """rope_theta and scaling from either layout, or both where they agree."""
-    thetas = [(f"{source}: rope_theta", d["rope_theta"])] if d.get("rope_theta") is not None else []
+    thetas = [("rope_theta", d["rope_theta"])] if d.get("rope_theta") is not None else []
     scalings = []
     for name in ("rope_scaling", "rope_parameters"):
         if d.get(name) not in (None, {}):
             theta, scaling = _read_rope_block(source, name, d[name], d)
             scalings.append(scaling)
             if theta is not None:
-                thetas.append((f"{source}: {name}.rope_theta", theta))
+                thetas.append((f"{name}.rope_theta", theta))
     if not thetas:
-        raise ConfigError(f"{source}: rope_theta is missing, expected it at the top level or in rope_parameters; "
-                          "add it (1000000.0 in most Qwen2.5 models)")
-    for where, theta in thetas:
-        _float(where, theta)
+        raise _error(f"{source}: rope_theta is missing, expected at the top level or in "
+                     "rope_parameters; add it (1000000.0 in most Qwen2.5 models)")
+    for key, theta in thetas:
+        _float(f"{source}: {key}", theta)
         if theta != thetas[0][1]:
-            raise _wrong(where, theta, f"the same as {thetas[0][0].removeprefix(source + ': ')} ({thetas[0][1]!r})",
-                         "keep one of the two")
+            raise _wrong(f"{source}: {key}", theta, f"the same as {thetas[0][0]} ({thetas[0][1]!r})",
+                         "keep one of them")
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise _wrong(f"{source}: rope_scaling", d["rope_scaling"], "the same as rope_parameters",
-                     "keep one of the two")
+                     "keep one of them")
     return thetas[0][1], scalings[0] if scalings else None
 
 
@@ -206,9 +210,9 @@ def _read_rope(source: str, d: Mapping) -> tuple[Any, RopeScaling | None]:
 class ModelConfig:
     """One Qwen2 model's hyperparameters under Hugging Face's names. Sizes are counts; raises ConfigError.
 
-    Left out, num_key_value_heads is num_attention_heads and head_dim is hidden_size / num_attention_heads, provided
-    that it divides. Once set, head_dim never follows the other two. num_attention_heads is any multiple of
-    num_key_value_heads. `raw` holds every key of the config.json read, so that writing it again loses nothing;
+    Left out, num_key_value_heads is num_attention_heads, and head_dim is hidden_size / num_attention_heads if
+    that is whole. Once set, head_dim never follows the other two. num_attention_heads is any multiple of
+    num_key_value_heads. `raw` holds every key of the config.json read, so that writing it again loses none;
     it and `source` (the name used in errors) take no part in equality.
 
     model_type "llama" is the Qwen2 function under the other name: attention_bias true, which there also gives
@@ -239,19 +243,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
         at = lambda name: f"{self.source}: {name}"  # noqa: E731
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "max_position_embeddings"):
-            _int(at(name), getattr(self, name), 1)
+        for name in SIZES:
+            _int(at(name), getattr(self, name), 1, optional=name in ("num_key_value_heads", "head_dim"))
         H, D = self.num_attention_heads, self.hidden_size
         K = H if self.num_key_value_heads is None else self.num_key_value_heads
-        put("num_key_value_heads", _int(at("num_key_value_heads"), K, 1))
+        put("num_key_value_heads", K)
         if H % K:
             raise _wrong(at("num_attention_heads"), H, f"a multiple of num_key_value_heads ({K})",
                          "every key/value head serves the same number of query heads")
         if self.head_dim is None and D % H:
             raise _wrong(at("head_dim"), None, f"a value, since num_attention_heads ({H}) does not divide "
                          f"hidden_size ({D})", "write head_dim into the config")
-        put("head_dim", _int(at("head_dim"), D // H if self.head_dim is None else self.head_dim, 2))
+        put("head_dim", D // H if self.head_dim is None else self.head_dim)
         if self.head_dim % 2:
             raise _wrong(at("head_dim"), self.head_dim, "an even number",
                          "rotary embedding pairs the dimensions of a head")
@@ -260,17 +263,18 @@ class ModelConfig:
         if not isinstance(self.rope_scaling, RopeScaling | None):
             raise _wrong(at("rope_scaling"), self.rope_scaling, "a RopeScaling or None", "build one")
         if self.rope_scaling is not None and self.rope_theta <= 1:
-            raise _wrong(at("rope_theta"), self.rope_theta, "a number above 1 with YaRN", "it divides by its log")
+            raise _wrong(at("rope_theta"), self.rope_theta, "a number above 1 with YaRN", "correct it")
         _bool(at("tie_word_embeddings"), self.tie_word_embeddings)
         put("dtype", _dtype_name(at("dtype"), self.dtype))
         put("eos_token_id", _token_ids(at("eos_token_id"), self.eos_token_id))
         for name in ("bos_token_id", "pad_token_id"):
             _int(at(name), getattr(self, name), 0, optional=True)
-        if self.model_type not in ARCHITECTURES:
+        if self.model_type not in tuple(ARCHITECTURES):
             raise _wrong(at("model_type"), self.model_type, " or ".join(map(repr, ARCHITECTURES)),
                          "only the dense Qwen2 architecture is implemented")
         if not isinstance(self.quantization_config, dict | None):
-            raise _wrong(at("quantization_config"), self.quantization_config, "an object or null", "correct it")
+            raise _wrong(at("quantization_config"), self.quantization_config, "an object or null",
+                         "correct it")
         put("quantization_config", copy.deepcopy(self.quantization_config))
         put("raw", copy.deepcopy(dict(self.raw)))
 
@@ -281,63 +285,56 @@ class ModelConfig:
         """Reads config.json, given its path or its directory's."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        return cls.from_dict(_read_json_object(path), source=str(path).replace("\n", "\\n"))
+        return cls.from_dict(_read_json_object(path), source=str(path))
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
         """Checks a config.json already parsed; `source` is the file's name in errors.
 
-        Keys that decide what is computed must be there; token ids may be absent, and so may the dtype, which is then
-        float32 as in PyTorch. Keys that no Qwen2 forward pass reads are only kept (`raw`).
+        Keys that decide what is computed must be there; token ids may be absent, and so may the dtype, which
+        is then float32 as in PyTorch. Keys that no Qwen2 forward pass reads are only kept (`raw`).
         """
         if not isinstance(d, Mapping):
             raise _wrong(f"{source}: the top level", d, "a JSON object", "fetch the file again or repair it")
-        required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                    "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps",
-                    "max_position_embeddings", "tie_word_embeddings")
-        for key in required:
-            if key not in d:
-                raise ConfigError(f"{source}: {key} is missing, expected in every Qwen2 config; "
-                                  "fetch the file again or add the key")
+        for key in ("model_type", *SIZES, "hidden_act", "rms_norm_eps", "tie_word_embeddings"):
+            if key not in d and key != "head_dim":
+                raise _error(f"{source}: {key} is missing, expected in every Qwen2 config; "
+                             "fetch the file again or add the key")
         _check_function(source, d)
         rope_theta, rope_scaling = _read_rope(source, d)
         names = [k for k in ("dtype", "torch_dtype") if d.get(k) is not None]
         dtypes = [_dtype_name(f"{source}: {k}", d[k]) for k in names]
         if len(set(dtypes)) == 2:
             raise _wrong(f"{source}: torch_dtype", dtypes[1], f"the same as dtype ({dtypes[0]!r})",
-                         "keep one of the two")
-        same_name = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
-                     "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "model_type",
-                     "quantization_config")
+                         "keep one of them")
+        same_name = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+                     "pad_token_id", "model_type", "quantization_config")
         return cls(**{k: d.get(k) for k in same_name}, rope_theta=rope_theta, rope_scaling=rope_scaling,
                    dtype=dtypes[0] if dtypes else "float32", raw=dict(d), source=source)
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed, validated like a file. head_dim stays unless it is changed itself."""
+        """A copy with some fields changed, validated like a file; head_dim stays unless itself changed."""
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
         if unknown:
             raise _wrong("ModelConfig.replace", unknown[0], "a field of ModelConfig", "correct the name")
         # Through to_dict, so that `raw` follows and keys that depend on each other are checked again.
-        return ModelConfig.from_dict(dataclasses.replace(self, **changes).to_dict(), self.source)
+        changed = dataclasses.replace(self, **changes)
+        return ModelConfig.from_dict(changed.to_dict(), changed.source)
 
     # ---- writing
 
     def to_dict(self) -> dict[str, Any]:
-        """config.json in Hugging Face's layout: `raw` with every changed field updated, head_dim always written.
+        """config.json in Hugging Face's layout: `raw`, changed fields updated, head_dim always written.
 
-        The layout that was read is kept (rope_theta and rope_scaling, or rope_parameters; torch_dtype or dtype); a
-        config that was not read from anywhere gets the older one, which transformers 4 and 5 both read.
+        The layout that was read is kept (rope_theta and rope_scaling, or rope_parameters; torch_dtype or
+        dtype); a config made by hand gets the older one, which transformers 4 and 5 both read.
         """
         d = copy.deepcopy(self.raw)
         if d.get("model_type") != self.model_type or not d.get("architectures"):
-            d.update(architectures=[ARCHITECTURES[self.model_type][0]], model_type=self.model_type, hidden_act="silu")
-            d.pop("attention_bias", None)
-            if self.model_type == "llama":
-                d.update(attention_bias=True, mlp_bias=False)
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
-                    "tie_word_embeddings"):
+            d |= {"architectures": [ARCHITECTURES[self.model_type][0]], "model_type": self.model_type}
+            d |= {"attention_bias": True, "mlp_bias": False} if self.model_type == "llama" else {}
+        d.setdefault("hidden_act", "silu")
+        for key in (*SIZES, "rms_norm_eps", "tie_word_embeddings"):
             d[key] = getattr(self, key)
         for key in ("bos_token_id", "pad_token_id", "quantization_config"):
             if key in d or getattr(self, key) is not None:
@@ -354,7 +351,7 @@ class ModelConfig:
         return d
 
     def _write_rope(self, d: dict[str, Any]) -> None:
-        """Brings d's rope_theta, rope_scaling and rope_parameters, those that are there, in line with the fields."""
+        """Brings those of rope_theta, rope_scaling and rope_parameters that d has in line with the fields."""
         new_layout = bool(d.get("rope_parameters"))
         if not new_layout or d.get("rope_theta") is not None:
             d["rope_theta"] = self.rope_theta
@@ -391,8 +388,8 @@ class ModelConfig:
             os.replace(temporary, path)
         except OSError as e:
             temporary.unlink(missing_ok=True)
-            raise ConfigError(f"{path}: cannot be written ({e.strerror or e}), expected a writable directory; "
-                              "choose another") from None
+            raise _error(f"{path}: cannot be written ({e.strerror or e}), expected a writable "
+                         "directory; choose another") from None
         return path
 
     # ---- what follows
@@ -416,9 +413,9 @@ class ModelConfig:
     def context_length(self) -> int:
         """Tokens up to which full attention with this RoPE is what the model's makers meant.
 
-        max_position_embeddings, or YaRN's factor * original where that is more (Qwen's documented block leaves
-        max_position_embeddings at 32,768). A model with dual_chunk_attention_config (the 1M models) equals full
-        attention only up to that block's original_max_position_embeddings, 262,144.
+        max_position_embeddings, or YaRN's factor * original where that is more (Qwen's documented block
+        leaves max_position_embeddings at 32,768). A model with dual_chunk_attention_config (the 1M models) is
+        full attention only up to that block's original_max_position_embeddings, 262,144.
         """
         length = self.max_position_embeddings
         if self.rope_scaling is not None:
@@ -428,7 +425,7 @@ class ModelConfig:
         return min(length, dual_chunk["original_max_position_embeddings"]) if dual_chunk else length
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter's Hugging Face name and shape, in module order; no lm_head.weight when it is tied."""
+        """Name (Hugging Face's) -> shape of every parameter, in module order; no lm_head.weight if tied."""
         D, I, Q, KV = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size
         shapes = {"model.embed_tokens.weight": (self.vocab_size, D)}
         for i in range(self.num_hidden_layers):
@@ -441,7 +438,8 @@ class ModelConfig:
                 shapes[layer + "self_attn.o_proj.bias"] = (D,)
             shapes |= {layer + "mlp.gate_proj.weight": (I, D), layer + "mlp.up_proj.weight": (I, D),
                        layer + "mlp.down_proj.weight": (D, I),
-                       layer + "input_layernorm.weight": (D,), layer + "post_attention_layernorm.weight": (D,)}
+                       layer + "input_layernorm.weight": (D,),
+                       layer + "post_attention_layernorm.weight": (D,)}
         shapes["model.norm.weight"] = (D,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, D)
@@ -463,7 +461,7 @@ class ModelConfig:
         return self.num_parameters() * BYTES_PER_ELEMENT[_dtype_name("dtype", dtype or self.dtype)]
 
     def kv_bytes_per_token(self, dtype: Any = None) -> int:
-        """Bytes that one token's keys and values take, 2 * L * K * d elements: 57,344 for the 7B in bfloat16."""
+        """Bytes of one token's keys and values, 2 * L * K * d elements: 57,344 for the 7B in bfloat16."""
         elements = 2 * self.num_hidden_layers * self.kv_size
         return elements * BYTES_PER_ELEMENT[_dtype_name("dtype", dtype or self.dtype)]
 
@@ -472,10 +470,10 @@ class ModelConfig:
 
             2 * (L * (2*D*H*d + 2*D*K*d + 3*D*I) + V*D)  +  4 * L * H * d * context_len
 
-        A multiply-add counts 2. First term: every matrix once, with lm_head (drop V*D with lm_head=False, as in the
-        prefill of all but the last position). Second: scores q.k and the weighted sum of values. Element-wise work
-        (norms, biases, softmax, RoPE, SiLU) and the embedding look-up are not counted. For Qwen2.5-7B:
-        14,141,095,936 + 401,408 * context_len (without the head 13,051,101,184).
+        A multiply-add counts 2. First term: every matrix once, with lm_head (lm_head=False drops V*D, as for
+        all but the last position of a prefill). Second: scores q.k and the weighted sum of values. Norms,
+        biases, softmax, RoPE, SiLU and the embedding look-up are not counted. For Qwen2.5-7B:
+        14,140,571,648 + 401,408 * context_len (without the head 13,050,576,896).
         """
         _int("flops_per_token: context_len", context_len, 0)
         matrices = self.num_hidden_layers * self._matrix_parameters()
@@ -497,7 +495,7 @@ def _check_function(source: str, d: Mapping[str, Any]) -> None:
     if d["hidden_act"] != "silu":
         raise _wrong(f"{source}: hidden_act", d["hidden_act"], "'silu'", "no other activation is implemented")
 
-    # Llama asks for its biases; Qwen2 always has them on q, k, v and never elsewhere, whatever a stray key says.
+    # Llama asks for its biases; Qwen2 always has them on q, k and v, and never elsewhere.
     bias = d.get("attention_bias", model_type == "qwen2")
     if bias is not True:
         raise _wrong(f"{source}: attention_bias", d.get("attention_bias"), "true (biases on q, k and v)",
@@ -511,25 +509,25 @@ def _check_function(source: str, d: Mapping[str, Any]) -> None:
                      "Qwen2 rotates whole heads")
 
     dual_chunk = d.get("dual_chunk_attention_config")
-    if dual_chunk is not None:
-        where = f"{source}: dual_chunk_attention_config"
+    if dual_chunk is not None:  # transformers ignores it too; ModelConfig.context_length says how far
+        where, key = f"{source}: dual_chunk_attention_config", "original_max_position_embeddings"
         if not isinstance(dual_chunk, Mapping):
             raise _wrong(where, dual_chunk, "an object or null", "correct it")
-        _int(f"{where}.original_max_position_embeddings", dual_chunk.get("original_max_position_embeddings"), 1)
+        _int(f"{where}.{key}", dual_chunk.get(key), 1)
     _check_no_layer_slides(source, d)
 
 
 def _check_no_layer_slides(source: str, d: Mapping[str, Any]) -> None:
-    """transformers' rule: layer_types decides; without it, layers from max_window_layers on slide, if any do."""
-    remedy = "sliding-window attention is not implemented; set use_sliding_window to false for full attention"
+    """transformers' rule: layer_types decides; without it, layers from max_window_layers on may slide."""
     layers, types = d["num_hidden_layers"], d.get("layer_types")
     if types is not None:
         if not isinstance(types, (list, tuple)) or len(types) != layers:
-            raise _wrong(f"{source}: layer_types", types, f"one entry for each of {layers!r} layers", "correct it")
+            raise _wrong(f"{source}: layer_types", types, f"an entry for each of {layers!r} layers",
+                         "correct it")
         for i, kind in enumerate(types):
             if kind != "full_attention":
                 raise _wrong(f"{source}: layer_types[{i}]", kind, "'full_attention'",
-                             "sliding-window attention is not implemented; write full_attention for every layer")
+                             "sliding-window attention is not implemented")
     sliding = d.get("use_sliding_window")
     if sliding is not None and _bool(f"{source}: use_sliding_window", sliding) and types is None:
         window = d.get("sliding_window", "missing")
@@ -538,16 +536,29 @@ def _check_no_layer_slides(source: str, d: Mapping[str, Any]) -> None:
         first = d.get("max_window_layers")
         if type(first) is not int or type(layers) is not int or first < layers:
             raise _wrong(f"{source}: use_sliding_window", True,
-                         f"false, or max_window_layers ({first!r}) of at least num_hidden_layers ({layers!r})", remedy)
+                         f"false, or max_window_layers ({first!r}) not below num_hidden_layers ({layers!r})",
+                         "sliding-window attention is not implemented; set it to false for full attention")
+
+
+# Keys of generation_config.json that would change the text, with the values that do nothing.
+NOT_IMPLEMENTED = {
+    "num_beams": (1,), "penalty_alpha": (0,), "guidance_scale": (1,), "typical_p": (1,),
+    "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": (), "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "min_length": (0,),
+    "min_new_tokens": (0,), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "bad_words_ids": ([],),
+    "sequence_bias": ([], {}), "stop_strings": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
     """What generation_config.json asks for, to be used where the caller says nothing; raises ConfigError.
 
-    temperature 0 means greedy, and is what do_sample false or absent gives, as in transformers. Left out, every other
-    value is the one that does nothing: top_p 1, top_k 0 (off), min_p 0, repetition_penalty 1 (transformers itself
-    would apply a top_k of 50). eos_token_ids joins generation_config.json's stop tokens and config.json's.
+    temperature 0 means greedy, and is what do_sample false or absent gives, as in transformers. Left out,
+    every other value is the one that does nothing: top_p 1, top_k 0, min_p 0, repetition_penalty 1
+    (transformers itself would apply a top_k of 50). eos_token_ids joins the stop tokens of
+    generation_config.json and config.json.
     """
 
     temperature: float = 0.0
@@ -566,17 +577,24 @@ class GenerationDefaults:
         """Reads path/generation_config.json; without that file, greedy with config.json's token ids."""
         file = Path(path) / "generation_config.json"
         d = _read_json_object(file) if os.path.lexists(file) else {}
-        return cls.from_dict(d, config, source=str(file).replace("\n", "\\n"))
+        return cls.from_dict(d, config, source=str(file))
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], config: ModelConfig,
                   source: str = "generation_config.json") -> "GenerationDefaults":
         """Checks a generation_config.json already parsed. null counts as absent."""
+        if not isinstance(d, Mapping):
+            raise _wrong(f"{source}: the top level", d, "a JSON object", "fetch the file again or repair it")
         d = {k: v for k, v in d.items() if v is not None}
         at = lambda name: f"{source}: {name}"  # noqa: E731
+        for key, neutral in NOT_IMPLEMENTED.items():
+            if key in d and d[key] not in neutral:
+                raise _wrong(at(key), d[key], " or ".join(map(repr, neutral)) + " or no such key",
+                             "it changes what is generated and is not implemented; remove it")
         do_sample = _bool(at("do_sample"), d.get("do_sample", False))
         temperature = _float(at("temperature"), d.get("temperature", 1.0), open_low=False)
         stops = _token_ids(at("eos_token_id"), d.get("eos_token_id")) + config.eos_token_id
+        bos, pad = d.get("bos_token_id", config.bos_token_id), d.get("pad_token_id", config.pad_token_id)
         return cls(
             temperature=temperature if do_sample else 0.0,
             top_p=_float(at("top_p"), d.get("top_p", 1.0), high=1.0),
@@ -585,7 +603,7 @@ class GenerationDefaults:
             repetition_penalty=_float(at("repetition_penalty"), d.get("repetition_penalty", 1.0)),
             do_sample=do_sample,
             eos_token_ids=tuple(dict.fromkeys(stops)),
-            bos_token_id=_int(at("bos_token_id"), d.get("bos_token_id", config.bos_token_id), 0, optional=True),
-            pad_token_id=_int(at("pad_token_id"), d.get("pad_token_id", config.pad_token_id), 0, optional=True),
+            bos_token_id=_int(at("bos_token_id"), bos, 0, optional=True),
+            pad_token_id=_int(at("pad_token_id"), pad, 0, optional=True),
             max_new_tokens=_int(at("max_new_tokens"), d.get("max_new_tokens"), 1, optional=True),
         )
