@@ -9,6 +9,7 @@ Letters in formulas: L layers, D hidden_size, I intermediate_size, H query heads
 d head_dim, V vocabulary rows.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -343,8 +344,7 @@ class ModelConfig:
             ids = list(self.eos_token_id)
             d["eos_token_id"] = ids if len(ids) > 1 else ids[0] if ids else None
         for key in [k for k in ("dtype", "torch_dtype") if k in d] or ["torch_dtype"]:
-            if d.get(key) is None or _dtype_name(key, d[key]) != self.dtype:
-                d[key] = self.dtype
+            d[key] = self.dtype
         if d.get("layer_types") is not None:
             d["layer_types"] = ["full_attention"] * self.num_hidden_layers
         self._write_rope(d)
@@ -387,7 +387,8 @@ class ModelConfig:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         except OSError as e:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise _error(f"{path}: cannot be written ({e.strerror or e}), expected a writable "
                          "directory; choose another") from None
         return path
