@@ -1,0 +1,75 @@
+"""The few operations the model is made of, in the meanings of "right" that minqwen offers.
+
+`Native` is PyTorch in the model's own dtype with Hugging Face's rounding points: bit for bit transformers'
+eager attention. With float64 weights the same lines are float64 throughout: the truth that errors are
+measured against.
+"""
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minqwen.config import ModelConfig
+from minqwen.model.rope import rotary_table, rotate_half
+from minqwen.parallel import Mesh
+
+
+class Native:
+    """torch operations in the model's dtype, rounding where transformers rounds, in its order."""
+
+    name = "native"
+
+    def prepare(self, linear: nn.Module, mesh: Mesh) -> None:
+        """Make a weight ready, once, at load. `linear` has `weight` [out, in] and `bias` [out] or None."""
+
+    def rotary_table(self, config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rotary_table(config, length, dtype)
+
+    def linear(self, x: Tensor, linear: nn.Module) -> Tensor:
+        """x W^T + b with one rounding. [T, in] -> [T, out]."""
+        return F.linear(x, linear.weight, linear.bias)
+
+    def row_parallel_linear(self, x: Tensor, linear: nn.Module, mesh: Mesh) -> Tensor:
+        """The sum over ranks of x W^T, each rank with its columns of W. [T, in/size] -> [T, out]."""
+        y = F.linear(x, linear.weight)
+        if mesh.size > 1:  # partial sums meet in float32 at least, and are rounded once
+            y = mesh.all_reduce(y, dtype=torch.promote_types(y.dtype, torch.float32))
+        return y if linear.bias is None else y + linear.bias
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps), rounded, then times weight (arXiv:1910.07467; no bias, no "1 +")."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE in the model's dtype: three roundings. x [T, heads, d], cos and sin [T, 1, d]."""
+        return x * cos + rotate_half(x) * sin
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """SwiGLU's elementwise half (arXiv:2002.05202): silu(gate), rounded, times up."""
+        return F.silu(gate) * up
+
+    def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a key and a value [T, K, d] goes into the cache."""
+        return k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, tap: Callable) -> Tensor:
+        """softmax(q k^T scale) v (arXiv:1706.03762), the softmax in float32 at least.
+
+        q [N, heads, R, d]; k, v [N, heads, L, d]; visible bool, broadcast to [N, 1, R, L], None: all.
+        Returns z [N, heads, R, d]. `tap(name, x)` shows "scores" and "pattern" [N, heads, R, L].
+        """
+        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        scores = tap("scores", scores)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        pattern = tap("pattern", torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype))
+        return torch.matmul(pattern, v)
+
+
+ARITHMETICS: dict[str, type[Native]] = {"native": Native}
