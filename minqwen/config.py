@@ -362,6 +362,10 @@ class ModelConfig:
             names = ["rope_scaling"]
         for name in names:
             block = d.get(name) or {}
+            if name == "rope_scaling" and self.rope_scaling is None:
+                if block.get("rope_type", block.get("type")) == "yarn":
+                    d[name] = None
+                    continue
             if "rope_theta" in block or name == "rope_parameters":
                 block["rope_theta"] = self.rope_theta
             kind = "default" if self.rope_scaling is None else "yarn"

@@ -313,7 +313,8 @@ def test_the_1m_models_are_full_attention_up_to_262144_tokens():
     dict(architectures=None), dict(architectures=["Qwen2Model"]), dict(attention_bias=True, mlp_bias=False),
     dict(num_key_value_heads=None), dict(head_dim=None), dict(head_dim=64), dict(num_attention_heads=32),
     dict(torch_dtype="torch.float16"), dict(rope_theta=1000000), dict(eos_token_id=None),
-    dict(eos_token_id=[1, 1]), dict(partial_rotary_factor=1.0), dict(rope_scaling={}), dict(rope_scaling=None, dtype="bfloat16"),
+    dict(eos_token_id=[1, 1]), dict(partial_rotary_factor=1.0), dict(rope_scaling={}),
+    dict(rope_scaling=None, dtype="bfloat16"),
 ])
 def test_accepted_and_understood_as_transformers_does(changes, tmp_path):
     config = ModelConfig.from_dict(changed(**changes))
@@ -343,8 +344,8 @@ def assert_one_line(error, *parts):
 YARN7 = dict(rope_scaling=YARN | {"type": "yarn"})
 BAD = [("missing", key, {}, (key,)) for key in (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
-    "rope_theta")]
+    "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps",
+    "max_position_embeddings", "tie_word_embeddings", "rope_theta")]
 BAD += [("bad size", key, {key: value}, ()) for value in ("8", 8.0, True, 0, -1, [8], 10**30) for key in (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings")]
@@ -471,8 +472,8 @@ VALUES = st.recursive(
     | st.dictionaries(st.sampled_from(["type", "rope_type", "rope_theta", "truncate", "mscale", "original",
                                        *YARN]) | st.text(max_size=5), inner, max_size=4), max_leaves=6)
 KEYS = st.sampled_from([*B7, "head_dim", "rope_scaling", "rope_parameters", "dtype", "layer_types",
-                        "pad_token_id", "quantization_config", "attention_bias", "mlp_bias", "dual_chunk_attention_config",
-                        "original_max_position_embeddings", "partial_rotary_factor"])
+                        "pad_token_id", "quantization_config", "attention_bias", "mlp_bias",
+                        "dual_chunk_attention_config", "original_max_position_embeddings", "partial_rotary_factor"])
 
 
 @settings(max_examples=600, deadline=None, derandomize=True)
