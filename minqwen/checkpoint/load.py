@@ -47,7 +47,7 @@ def load_pretrained(
     if check_finite:
         checkpoint.check_finite()
     names = config.parameter_shapes()
-    bar = tqdm(total=len(names), desc="loading", unit="tensor", disable=not progress or mesh.rank > 0, leave=False)
+    bar = tqdm(total=len(names), desc="loading", unit="tensor", disable=None if progress and mesh.rank == 0 else True, leave=False)
 
     def read(name, mine):
         bar.update()

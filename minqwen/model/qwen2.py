@@ -218,6 +218,21 @@ class Qwen2(nn.Module):
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.prepare()
 
+    def save_pretrained(self, path: str | Path, **options) -> None:
+        """Write a Hugging Face directory, atomically: `checkpoint.write_checkpoint`, which says the options."""
+        from minqwen.checkpoint import write_checkpoint
+        from minqwen.errors import CheckpointError
+
+        if self.mesh.size > 1 or self.ops.name != "native":
+            raise CheckpointError(
+                f"{path}: not written, because this model holds a rank's slice or prepared weights "
+                f"(degree {self.mesh.size}, {self.ops.name} arithmetic): load it natively on one rank to save it"
+            )
+        state = self.state_dict()
+        names = self.config.parameter_shapes()
+        config = self.config.replace(dtype=str(self.dtype).removeprefix("torch."))
+        write_checkpoint(path, config, ((name, state[name]) for name in names), **options)
+
     def prepare(self) -> Qwen2:
         """Let the arithmetic make the weights ready. Call it once, when they are in place."""
         for module in self.modules():

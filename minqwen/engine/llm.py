@@ -1,0 +1,453 @@
+"""LLM: prompts in, completions out. Every rank runs this same code; only tensors cross between ranks.
+
+A step is: the scheduler says who runs, the packed tokens go through the model once, every sequence that has
+reached its last token gets the next one. Read `step`; the rest is what callers see.
+"""
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minqwen.checkpoint import load_pretrained
+from minqwen.config import GenerationDefaults
+from minqwen.engine.kv_cache import BlockPool
+from minqwen.engine.outputs import CompletionOutput, Metrics, RequestOutput
+from minqwen.engine.params import SamplingParams
+from minqwen.engine.sampling import Row, StopChecker, bad_word_ids, logprobs_of, sample
+from minqwen.engine.scheduler import Scheduler, Sequence
+from minqwen.errors import ConfigError, MinqwenError, SamplingError
+from minqwen.model import Batch, Qwen2
+from minqwen.model.qwen2 import UNTRACED
+from minqwen.parallel import Mesh
+from minqwen.tokenizer import IncrementalDecoder, Tokenizer
+
+Prompt = str | list[int]
+
+
+@dataclass(eq=False)
+class Request:
+    output: RequestOutput
+    params: SamplingParams
+    seed: int
+    salt: str | None
+    sequences: list[Sequence] = field(default_factory=list)
+    forked: bool = False
+
+
+@dataclass(eq=False)
+class Completion:
+    """The engine's half of a sequence: whose it is and what has been shown of it."""
+
+    request: Request
+    output: CompletionOutput
+    row: Row  # the sampler's half
+    decoder: IncrementalDecoder | None
+    stops: StopChecker
+
+
+class LLM:
+    """A model, its tokenizer, its cache and its scheduler.
+
+    model: a Hugging Face safetensors directory, or a `Qwen2` (then give `tokenizer`). dtype, device, arithmetic:
+    as in `checkpoint.load_pretrained`. max_model_len: most tokens of prompt and output, default the config's.
+    block_size: tokens per page, 1 to 256. The cache holds `num_blocks` pages, or `kv_cache_bytes` per rank, or
+    what `gpu_memory_utilization` leaves; on a CPU, at most a fifth of the memory that is free. max_num_seqs and
+    max_num_batched_tokens bound a step. enable_prefix_caching: reuse what earlier requests computed. seed: of
+    requests that have none of their own; None draws one. Raises MinqwenError for what cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Qwen2,
+        *,
+        tokenizer: Tokenizer | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        arithmetic: str = "native",
+        mesh: Mesh | None = None,
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        enable_prefix_caching: bool = True,
+        seed: int | None = None,
+        progress: bool = False,
+    ):
+        if isinstance(model, Qwen2):
+            self.model, self.mesh, self.tokenizer = model, model.mesh, tokenizer
+            self.defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
+        else:
+            self.mesh = mesh or Mesh.from_env(device)
+            self.tokenizer = tokenizer or Tokenizer.from_dir(model)
+            self.model = load_pretrained(
+                model, dtype=dtype, device=device, arithmetic=arithmetic, mesh=self.mesh, progress=progress
+            )
+            self.defaults = GenerationDefaults.from_dir(model, self.model.config)
+        self.config = self.model.config
+        if not 1 <= block_size <= 256:
+            raise ConfigError(f"block_size is {block_size}, expected 1 to 256")
+        if not 1 <= max_num_seqs <= max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs is {max_num_seqs} and max_num_batched_tokens {max_num_batched_tokens}: "
+                "a step must have room for one token of every sequence, and for at least one"
+            )
+        self.max_model_len, num_blocks = self._size_cache(
+            max_model_len, block_size, num_blocks, kv_cache_bytes, gpu_memory_utilization, max_num_seqs
+        )
+        self.cache = self.model.new_cache(num_blocks, block_size)
+        self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching)
+        self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens)
+        self.requests: dict[str, Request] = {}
+        self.arrivals = itertools.count()
+        self.seeds = itertools.count(self._entropy() if seed is None else seed)
+        self.tracer = None  # lab/trace.py sets it
+
+    # ---- what callers use ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        cache_salt: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt (text or token ids); outputs in the order of the prompts."""
+        if isinstance(prompts, str) or (prompts and isinstance(prompts, list) and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        prompts = list(prompts)
+        many = isinstance(sampling_params, (list, tuple))
+        params = list(sampling_params) if many else [sampling_params] * len(prompts)
+        if len(params) != len(prompts):
+            raise SamplingError(f"{len(params)} sampling_params for {len(prompts)} prompts, expected one each or one")
+        ids = []
+        bar = tqdm(total=len(prompts), desc="requests", disable=None if use_tqdm and self.mesh.rank == 0 else True, leave=False)
+        started, tokens = time.perf_counter(), 0
+        try:
+            for prompt, p in zip(prompts, params):
+                ids.append(self.add_request(prompt, p, cache_salt=cache_salt))
+            done: dict[str, RequestOutput] = {}
+            mine = set(ids)
+            while len(done) < len(ids):
+                for output in self.step():
+                    if output.finished and output.request_id in mine:
+                        done[output.request_id] = output
+                        tokens += sum(len(o.token_ids) for o in output.outputs)
+                        bar.update()
+                        bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.1f} tokens/s")
+        finally:
+            bar.close()
+            for i in ids:
+                self.abort(i)
+        for i in ids:
+            if done[i].error:
+                raise MinqwenError(f"request {i}: {done[i].error}")
+        return [done[i] for i in ids]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options) -> Iterator[str]:
+        """Complete one prompt, piece of text by piece: never half a character, never part of a stop string."""
+        request_id, shown = self.add_request(prompt, sampling_params, **options), 0
+        if self.requests[request_id].params.n != 1:
+            self.abort(request_id)
+            raise SamplingError("n is more than 1: a stream is one completion")
+        try:
+            finished = False
+            while not finished:
+                for output in self.step():
+                    if output.request_id == request_id:
+                        if output.error:
+                            raise MinqwenError(output.error)
+                        text, finished = output.outputs[0].text, output.finished
+                        if len(text) > shown:
+                            yield text[shown:]
+                            shown = len(text)
+        finally:
+            self.abort(request_id)
+
+    def chat(self, messages: list, sampling_params: SamplingParams | None = None, *, tools=None, **options):
+        """Complete a conversation, [{"role": ..., "content": ...}, ...], or a list of conversations."""
+        many = bool(messages) and isinstance(messages[0], list)
+        prompts = [self.tokenizer.encode_chat(m, tools=tools) for m in (messages if many else [messages])]
+        return self.generate(prompts, sampling_params, **options)
+
+    def score(self, prompts: Prompt | Iterable[Prompt], **options) -> list[list[float]]:
+        """log p(token | the tokens before it) of every prompt token after the first, in nats."""
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
+        outputs = self.generate(prompts, params, **options)
+        return [
+            [entry[token].logprob for token, entry in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])]
+            for o in outputs
+        ]
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
+    ) -> str:
+        """Queue one prompt for `step`. Returns its id. cache_salt: share cached prefixes only with the same salt."""
+        params = sampling_params or SamplingParams.from_defaults(self.defaults)
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None and self.tokenizer is None:
+            raise SamplingError("the prompt is text, but this LLM was made without a tokenizer: give token ids")
+        ids = self.tokenizer.encode(prompt) if text is not None else list(prompt)
+        arrival = next(self.arrivals)
+        request_id = str(arrival) if request_id is None else request_id
+        if request_id in self.requests:
+            raise SamplingError(f"request_id {request_id!r} is running already: choose another")
+        self._check_prompt(ids)
+        params.check_ids(self.config.vocab_size)
+        bad_words = bad_word_ids(params.bad_words, self.tokenizer.encode) if params.bad_words else ()
+        output = RequestOutput(request_id, text, ids, [], False, Metrics(time.perf_counter()))
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None] * len(ids)
+        seed = next(self.seeds) if params.seed is None else params.seed
+        request = Request(output, params, seed, cache_salt)
+        self.requests[request_id] = request
+        for index in range(params.n):
+            completion = CompletionOutput(index, "", [])
+            if params.logprobs is not None:
+                completion.logprobs, completion.cumulative_logprob = [], 0.0
+            output.outputs.append(completion)
+            sequence = Sequence((arrival, index), list(ids), len(ids), cache_salt)
+            sequence.use_cache = params.prompt_logprobs is None
+            eos = self.defaults.eos_token_ids
+            row = Row(params, ids, completion.token_ids, seed, index, eos_token_ids=eos, bad_words=bad_words)
+            decoder = self.tokenizer.decoder(skip_special_tokens=True) if self.tokenizer else None
+            stops = StopChecker(params)
+            sequence.state = Completion(request, completion, row, decoder, stops)
+            request.sequences.append(sequence)
+        self.scheduler.add(request.sequences[0])  # the others are forked off when the prompt is computed
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks. Unknown and finished ids are no error."""
+        request = self.requests.pop(request_id, None)
+        for sequence in request.sequences if request else ():
+            if sequence.state.output.finish_reason is None:
+                sequence.state.output.finish_reason = "abort"
+                self.scheduler.finish(sequence)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """One forward pass. Returns the requests that have something new."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            return []
+        ids, batch, rows_of = self._pack(plan)
+        tap = UNTRACED if self.tracer is None else self.tracer.begin_step(plan, batch)
+        logits = self.model(ids, batch, self.cache, tap)
+        last = logits[[rows_of[i][1] - 1 for i in range(len(plan))]]  # [B, V]
+        sound = torch.isfinite(last).all(-1).tolist()
+        drawing: list[tuple[Sequence, Tensor]] = []
+        touched: dict[str, RequestOutput] = {}
+        for i, (sequence, count) in enumerate(plan):
+            request = sequence.state.request
+            if not sound[i]:  # one NaN anywhere before reaches the last token: nothing of this is kept
+                self._fail(request, f"logits are not finite at token {sequence.computed + count - 1}")
+                touched[request.output.request_id] = request.output
+                continue
+            self._prompt_logprobs(sequence, count, logits[slice(*rows_of[i])])
+            self.scheduler.computed(sequence, count)
+            if sequence.computed == len(sequence.ids):
+                drawing.append((sequence, last[i]))
+        if drawing:
+            for (sequence, _), token, logprobs in zip(drawing, *self._draw(drawing)):
+                request = sequence.state.request
+                touched[request.output.request_id] = request.output
+                if token < 0:
+                    self._fail(request, "no token can be drawn: everything is forbidden")
+                elif not request.output.finished:
+                    self._append(sequence, token, logprobs)
+        return list(touched.values())
+
+    # ---- the parts of a step ---------------------------------------------------------------------------------
+
+    def _pack(self, plan: list[tuple[Sequence, int]]) -> tuple[Tensor, Batch, list[tuple[int, int]]]:
+        """The step's tokens in one row, where they go, and which rows of the logits are whose."""
+        ids: list[int] = []
+        at: list[int] = []
+        rows_of = []
+        for sequence, count in plan:
+            start, end = sequence.computed, sequence.computed + count
+            ids += sequence.ids[start:end]
+            wanted = count if self._wants_prompt_logits(sequence) else 1
+            rows_of.append((len(at), len(at) + wanted))
+            at += range(len(ids) - wanted, len(ids))
+        query_lens = tuple(count for _, count in plan)
+        context_lens = tuple(sequence.computed + count for sequence, count in plan)
+        width = max(len(sequence.blocks) for sequence, _ in plan)
+        tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in plan]
+
+        def device(x, dtype=torch.int64):
+            return torch.tensor(x, dtype=dtype).to(self.model.device, non_blocking=True)
+
+        block_tables, counts = device(tables), device(query_lens)
+        starts = device([sequence.computed for sequence, _ in plan])
+        owner = torch.repeat_interleave(counts, output_size=len(ids))  # [T] which sequence
+        first = torch.cumsum(counts, 0) - counts
+        positions = torch.arange(len(ids), device=self.model.device) - first[owner] + starts[owner]
+        size = self.pool.block_size
+        slots = block_tables[owner, positions // size] * size + positions % size
+        batch = Batch(positions, query_lens, context_lens, slots, block_tables, device(at))
+        return device(ids), batch, rows_of
+
+    def _draw(self, drawing: list[tuple[Sequence, Tensor]]) -> tuple[list[int], list[dict | None]]:
+        """The next token of each sequence, and its logprobs where they were asked for."""
+        rows = [sequence.state.row for sequence, _ in drawing]
+        tokens, logprobs = sample(torch.stack([logits for _, logits in drawing]), rows)
+        if self.mesh.size > 1:  # all ranks have the same logits; this makes it impossible to disagree
+            tokens = self.mesh.broadcast(torch.tensor(tokens, device=self.model.device)).tolist()
+        for entry in itertools.chain(*(d.items() for d in logprobs or () if d)) if self.tokenizer else ():
+            entry[1].decoded_token = self.tokenizer.decode([entry[0]])
+        return tokens, logprobs or [None] * len(rows)
+
+    def _append(self, sequence: Sequence, token: int, logprobs: dict | None) -> None:
+        """One more token: extend the text, fork or finish what is due."""
+        completion, request = sequence.state, sequence.state.request
+        output, params = completion.output, request.params
+        now = time.perf_counter()
+        request.output.metrics.first_token = request.output.metrics.first_token or now
+        if not request.forked:
+            request.forked = True
+            request.output.num_cached_tokens = sequence.num_cached
+            for child in request.sequences[1:]:
+                self.scheduler.fork(sequence, child)
+        sequence.ids.append(token)
+        output.token_ids.append(token)
+        if logprobs is not None:
+            output.logprobs.append(logprobs)
+            output.cumulative_logprob += logprobs[token].logprob
+        reason = self._finish_reason(sequence, token)
+        if completion.decoder is not None:
+            at_end = reason == ("stop", None)  # the end-of-text token is not part of the text
+            text = "" if at_end else completion.decoder.push([token])
+            if reason:
+                text += completion.decoder.flush()
+            early = len(output.token_ids) <= params.min_tokens
+            emitted, stopped = completion.stops.push(text, final=bool(reason), search=not early)
+            output.text += emitted
+            if stopped is not None:
+                reason = ("stop", stopped)
+        if reason:
+            output.finish_reason, output.stop_reason = reason
+            self.scheduler.finish(sequence)
+            if all(o.finish_reason for o in request.output.outputs):
+                request.output.finished, request.output.metrics.finished = True, now
+                self.requests.pop(request.output.request_id)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> tuple[str, int | str | None] | None:
+        params, output = sequence.state.request.params, sequence.state.output
+        count = len(output.token_ids)
+        if count > params.min_tokens:
+            if token in self.defaults.eos_token_ids and not params.ignore_eos:
+                return "stop", None
+            if token in params.stop_token_ids:
+                return "stop", token
+        if count == params.max_tokens or len(sequence.ids) >= self.max_model_len:
+            return "length", None
+        return None
+
+    def _wants_prompt_logits(self, sequence: Sequence) -> bool:
+        wanted = sequence.state.request.params.prompt_logprobs is not None
+        return wanted and sequence.key[1] == 0 and sequence.computed < sequence.num_prompt
+
+    def _prompt_logprobs(self, sequence: Sequence, count: int, logits: Tensor) -> None:
+        if not self._wants_prompt_logits(sequence):
+            return
+        start = sequence.computed
+        nexts = sequence.ids[start + 1 : min(start + count + 1, sequence.num_prompt)]
+        request = sequence.state.request
+        entries = logprobs_of(logits[: len(nexts)], nexts, request.params.prompt_logprobs)
+        request.output.prompt_logprobs[start + 1 : start + 1 + len(nexts)] = entries
+
+    def _fail(self, request: Request, why: str) -> None:
+        """End a request that cannot go on; the others do."""
+        request.output.error, request.output.finished = why, True
+        self.requests.pop(request.output.request_id, None)
+        for sequence in request.sequences:
+            if sequence.state.output.finish_reason is None:
+                sequence.state.output.finish_reason = "error"
+                self.scheduler.finish(sequence)
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        if not ids:
+            raise SamplingError("the prompt has no tokens: give at least one")
+        wrong = next((i for i in ids if type(i) is not int or not 0 <= i < self.config.vocab_size), None)
+        if wrong is not None:
+            raise SamplingError(f"prompt token id is {wrong!r}, expected 0 to {self.config.vocab_size - 1}")
+        if len(ids) >= self.max_model_len:
+            raise SamplingError(
+                f"the prompt has {len(ids)} tokens, but prompt and output together have room for "
+                f"{self.max_model_len} (max_model_len): shorten it, or raise max_model_len"
+            )
+
+    # ---- sizes -----------------------------------------------------------------------------------------------
+
+    def _size_cache(
+        self, max_model_len, block_size, num_blocks, kv_cache_bytes, gpu_memory_utilization, max_num_seqs
+    ) -> tuple[int, int]:
+        """(max_model_len, number of blocks) that fit; every rank the same."""
+        c, explicit = self.config, max_model_len is not None
+        context = c.max_position_embeddings
+        if c.rope_scaling is not None:
+            extended = int(c.rope_scaling.factor * c.rope_scaling.original_max_position_embeddings)
+            context = max(context, extended)
+        if explicit and not 2 <= max_model_len <= context:
+            raise ConfigError(f"max_model_len is {max_model_len}, expected 2 to {context}, the model's context")
+        max_model_len = max_model_len or context
+        kv_heads = max(c.num_key_value_heads // self.mesh.size, 1)
+        item = torch.empty((), dtype=self.model.dtype).element_size()
+        block_bytes = 2 * c.num_hidden_layers * kv_heads * c.head_dim * item * block_size
+        if num_blocks is None:
+            room = kv_cache_bytes or self._free_bytes(gpu_memory_utilization)
+            num_blocks = room // block_bytes
+            if kv_cache_bytes is None:  # never more than could be used
+                num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // block_size))
+        num_blocks = int(-self.mesh.all_reduce(torch.tensor([-float(num_blocks)], device=self.model.device), "max"))
+        if num_blocks * block_size < max_model_len:
+            if explicit or num_blocks * block_size < 2:
+                raise ConfigError(
+                    f"max_model_len {max_model_len} needs {-(-max_model_len // block_size)} blocks of {block_size} "
+                    f"tokens ({-(-max_model_len // block_size) * block_bytes / 1e6:.1f} MB per rank), but the cache "
+                    f"has {num_blocks}: lower max_model_len, or give more num_blocks or kv_cache_bytes"
+                )
+            max_model_len = num_blocks * block_size
+        return max_model_len, num_blocks
+
+    def _free_bytes(self, utilization: float) -> int:
+        if self.model.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.model.device)
+            return max(0, int(free - (1 - utilization) * total))
+        return available_memory() // 5 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def _entropy(self) -> int:
+        seed = torch.tensor([secrets.randbits(62)], device=self.model.device)
+        return int(self.mesh.broadcast(seed) if self.mesh.size > 1 else seed)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that could be had now without swapping."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
