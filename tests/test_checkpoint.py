@@ -1,5 +1,5 @@
-"""Checkpoints in and out: what is read is what was written, everything else is refused in one line, and a writer
-that dies leaves the old directory or the new one."""
+"""Checkpoints in and out: what is read is what was written, everything else is refused in one line, and a
+writer that dies leaves the old directory or the new one."""
 
 import errno
 import fcntl
@@ -32,8 +32,8 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
 def tiny(**changes) -> ModelConfig:
-    return ModelConfig(**{"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-                          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8} | changes)
+    return ModelConfig(**dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=2, head_dim=8) | changes)
 
 
 def weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -91,7 +91,8 @@ def test_round_trip(tmp_path, dtype, limit, tied):
 
 def test_files_are_plain_safetensors_in_any_order_and_mixed_precision(tmp_path):
     config = tiny(num_hidden_layers=3)
-    tensors = {n: t.float() if "norm" in n else t.double() if n == Q0 else t for n, t in weights(config).items()}
+    tensors = {n: t.float() if "norm" in n else t.double() if n == Q0 else t
+               for n, t in weights(config).items()}
     shuffled = random.Random(1).sample(list(tensors.items()), len(tensors))
     dtypes = {n: t.dtype for n, t in tensors.items() if t.dtype != torch.bfloat16}
     write_checkpoint(tmp_path / "c", config, iter(shuffled), max_shard_bytes=20000, dtypes=dtypes)
@@ -107,8 +108,8 @@ def test_files_are_plain_safetensors_in_any_order_and_mixed_precision(tmp_path):
 
 def test_shards_are_cut_where_hugging_face_cuts_them():
     from huggingface_hub import split_torch_state_dict_into_shards
-    published = {"0.5B": (290, 1), "1.5B": (338, 1), "3B": (434, 2), "7B": (339, 4), "14B": (579, 8), "32B": (771, 17),
-                 "72B": (963, 37)}
+    published = {"0.5B": (290, 1), "1.5B": (338, 1), "3B": (434, 2), "7B": (339, 4), "14B": (579, 8),
+                 "32B": (771, 17), "72B": (963, 37)}  # tensors, shards
     kib = {"3B": 34.7, "7B": 27.1, "14B": 46.4, "32B": 61.8, "72B": 77.2}  # of the published index files
     for size, (tensors, shards) in published.items():
         config = make_checkpoint.official_config(size)
@@ -132,8 +133,9 @@ def test_shards_are_cut_where_hugging_face_cuts_them():
 @pytest.mark.parametrize("tied,limit", [(True, 4 * 10**9), (False, 9000)])
 def test_transformers_loads_it_strictly(tmp_path, tied, limit):
     from transformers import AutoModelForCausalLM
-    tensors = write(tmp_path / "c", tiny(tie_word_embeddings=tied, num_attention_heads=6), max_shard_bytes=limit)
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype=torch.bfloat16, output_loading_info=True)
+    path = tmp_path / "c"
+    tensors = write(path, tiny(tie_word_embeddings=tied, num_attention_heads=6), max_shard_bytes=limit)
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, output_loading_info=True)
     assert {k: len(v) for k, v in info.items() if v} == {}
     assert type(model).__name__ == "Qwen2ForCausalLM"
     state = model.state_dict()
@@ -185,7 +187,7 @@ def test_bad_slices_and_names(tmp_path):
     write(tmp_path / "c")
     c = Checkpoint(tmp_path / "c")
     for shard in (Shard(0, 0, 33), Shard(2, 0, 1), Shard(1, 5, 4), Shard(0, -1, 4)):
-        refusal(lambda s=shard: c.read(Q0, s), Q0, "no slice", "model.safetensors")
+        refusal(lambda s=shard: c.read(Q0, s), Q0, "with a slice", "model.safetensors")
     refusal(lambda: c.read("nonsense"), "nonsense", "no tensor")
 
 
@@ -193,22 +195,27 @@ MEMORY = """
 import json, sys, torch
 from minqwen.checkpoint import Checkpoint
 from minqwen.parallel import Shard
-def kib(key): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key))
-path, ranks = sys.argv[1], int(sys.argv[2])
-warm = torch.ones(1000).bfloat16().clone(); warm.copy_(warm.float())   # torch's own first-use memory
+
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+path = sys.argv[1]
+warm = torch.ones(1000).bfloat16().clone(); warm.copy_(warm.float())  # torch's own first-use memory
 c = Checkpoint(path); c.check(); c.read("model.norm.weight")
-open("/proc/self/clear_refs", "w").write("5")                          # the peak starts here
-before, held = kib("VmRSS"), {}
-for name in c.names:
-    dim = None if "norm" in name else 1 if "o_proj" in name or "down" in name else 0
-    n = 0 if dim is None else -(-c.shape(name)[dim] // ranks)
-    held[name] = c.read(name, None if dim is None else Shard(dim, n, min(2 * n, c.shape(name)[dim])) if ranks > 1 else None)
-size = sum(t.nbytes for t in held.values())
-grown = (kib("VmHWM") - before) * 1024
-mapped = sum(path in line for line in open("/proc/self/maps"))
-c.check_finite()
-print(json.dumps({"held": size, "ratio": grown / size, "mapped": mapped,
-                  "after_scan": ((kib("VmHWM") - before) * 1024) / size}))
+for ranks in (4, 1):
+    held = {}
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+    before = kib("VmRSS")
+    for name in c.names:
+        dim = 1 if "o_proj" in name or "down" in name else 0
+        n = c.shape(name)[dim] // ranks
+        held[name] = c.read(name, None if "norm" in name or ranks == 1 else Shard(dim, n, 2 * n))
+    size = sum(t.nbytes for t in held.values())
+    ratio = (kib("VmHWM") - before) * 1024 / size
+    mapped = sum(path in line for line in open("/proc/self/maps"))
+    c.check_finite()
+    print(json.dumps({"held": size * ranks, "ratio": ratio, "mapped": mapped,
+                      "scan": (kib("VmHWM") - before) * 1024 / size}))
 """
 
 
@@ -221,13 +228,12 @@ def big(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's /proc")
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_a_rank_holds_its_slices_and_little_more(big, ranks):
-    got = json.loads(subprocess.run([sys.executable, "-c", MEMORY, str(big), str(ranks)], env=ENV, check=True,
-                                    capture_output=True, text=True).stdout)
-    assert got["held"] > 190e6 / ranks
-    assert got["mapped"] == 0
-    assert 0.9 < got["ratio"] <= 1.15 and got["after_scan"] <= 1.2, got
+def test_a_rank_holds_its_slices_and_little_more(big):
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(big)], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for got in map(json.loads, done.stdout.splitlines()):
+        assert got["held"] > 195e6 and got["mapped"] == 0, got
+        assert 0.9 < got["ratio"] <= 1.15 and got["scan"] <= 1.2, got
 
 
 # ---- everything else is refused
@@ -246,60 +252,97 @@ def raw_header(path: Path, change) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n:])
 
 
+FILE = "model.safetensors"
+
+
+def put(**tensors):
+    """Adds or replaces tensors: Q0 under the name q0; a function is given the old one."""
+    def change(old: dict) -> None:
+        for name, t in tensors.items():
+            name = Q0 if name == "q0" else name
+            old[name] = t(old[Q0]).contiguous().clone() if callable(t) else t
+    return lambda p: rewrite(p, change)
+
+
+def drop(name):
+    return lambda p: rewrite(p, lambda t: t.pop(name))
+
+
+def header(old, new):
+    return lambda p: raw_header(p / FILE, lambda s: s.replace(old, new, 1))
+
+
+def cut(size, file=FILE):
+    return lambda p: os.truncate(p / file, size)
+
+
+def text(file, content):
+    return lambda p: (p / file).write_text(content)
+
+
+def config(**changes):
+    return lambda p: (p / "config.json").write_text(json.dumps(tiny(**changes).to_dict()))
+
+
+def replaced(file, make):
+    """make(path) in the place of a file."""
+    return lambda p: ((p / file).unlink(), make(p / file))
+
+
+def one_layer_more(p):
+    rewrite(p, lambda ts: ts.update({n.replace("s.1.", "s.2."): t + 0 for n, t in ts.items() if "s.1." in n}))
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+NOT_WHOLE = ["not a whole safetensors file", "may be cut short"]
 SINGLE_FAULTS = {
-    "missing": (lambda p: rewrite(p, lambda t: t.pop(Q0)), [Q0, "missing", "found 26 of the 27"]),
-    "missing norm": (lambda p: rewrite(p, lambda t: t.pop("model.norm.weight")), ["model.norm.weight"]),
-    "unexpected": (lambda p: rewrite(p, lambda t: t.update({"model.extra": torch.ones(2)})), ["unexpected", "'model.extra'"]),
-    "unexpected, unprefixed": (lambda p: rewrite(p, lambda t: t.update({"extra": torch.ones(2)})), ["'extra'"]),
-    "newline in a name": (lambda p: rewrite(p, lambda t: t.update({"a\nb": torch.ones(2)})), ["'a\\nb'"]),
-    "endless name": (lambda p: rewrite(p, lambda t: t.update({"a" * 9999: torch.ones(2)})), ["unexpected"]),
-    "one layer too many": (lambda p: rewrite(p, lambda t: t.update(
-        {n.replace("s.1.", "s.2."): v.clone() for n, v in t.items() if "s.1." in n})), ["model.layers.2.", "and 11 more"]),
-    "inv_freq elsewhere": (lambda p: rewrite(p, lambda t: t.update({"x.rotary_emb.inv_freq": torch.ones(4)})),
-                           ["unexpected", "x.rotary_emb.inv_freq"]),
-    "misshapen": (lambda p: rewrite(p, lambda t: t.update({Q0: t[Q0][:-1].clone()})), [Q0, "(31, 24)", "(32, 24)"]),
-    "transposed": (lambda p: rewrite(p, lambda t: t.update({Q0: t[Q0].T.contiguous()})), [Q0, "(24, 32)", "(32, 24)"]),
-    "scalar": (lambda p: rewrite(p, lambda t: t.update({Q0: torch.tensor(1.0)})), [Q0, "shape ()"]),
-    "integers": (lambda p: rewrite(p, lambda t: t.update({Q0: t[Q0].to(torch.int32)})), [Q0, "I32", "BF16"]),
-    "float8": (lambda p: rewrite(p, lambda t: t.update({Q0: t[Q0].to(torch.float8_e4m3fn)})), [Q0, "F8_E4M3", "BF16"]),
-    "both prefixes": (lambda p: rewrite(p, lambda t: t.update({Q0[6:]: t[Q0].clone()})), [Q0, "duplicate"]),
-    "twice in the header": (lambda p: raw_header(p / "model.safetensors", lambda s: s.replace(
-        f'"{Q0}"', f'"{Q0}":{{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}},"{Q0}"', 1)), ["model.safetensors"]),
-    "truncated data": (lambda p: os.truncate(p / "model.safetensors", 9000), ["9000 bytes", "cut short"]),
-    "truncated header": (lambda p: os.truncate(p / "model.safetensors", 100), ["100 bytes", "cut short"]),
-    "truncated length": (lambda p: os.truncate(p / "model.safetensors", 3), ["3 bytes", "cut short"]),
-    "trailing bytes": (lambda p: (p / "model.safetensors").open("ab").write(b"x"), ["not a whole safetensors file"]),
-    "zero bytes": (lambda p: os.truncate(p / "model.safetensors", 0), ["empty (0 bytes)"]),
-    "huge header": (lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 64), ["not a whole safetensors file"]),
-    "bad header": (lambda p: raw_header(p / "model.safetensors", lambda s: s[:-2]), ["not a whole safetensors file"]),
-    "overlap": (lambda p: raw_header(p / "model.safetensors", lambda s: s.replace("[0,", "[2,", 1)), ["not a whole"]),
-    "unknown dtype": (lambda p: raw_header(p / "model.safetensors", lambda s: s.replace("BF16", "BF61", 1)), ["not a whole"]),
-    "a pickle renamed": (lambda p: torch.save({}, p / "model.safetensors"), ["not a whole safetensors file"]),
-    "git-lfs": (lambda p: (p / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), ["git-lfs pointer", "git lfs pull"]),
-    "git-lfs config": (lambda p: (p / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
-                       ["config.json", "git lfs pull"]),
+    "missing": (drop(Q0), [Q0, "missing", "found 26 of the 27"]),
+    "missing norm": (drop("model.norm.weight"), ["'model.norm.weight'", "missing"]),
+    "unexpected": (put(**{"model.extra": torch.ones(2)}), ["unexpected", "'model.extra'"]),
+    "unexpected, unprefixed": (put(extra=torch.ones(2)), ["unexpected", "'extra'"]),
+    "newline in a name": (put(**{"a\nb": torch.ones(2)}), ["'a\\nb'"]),
+    "endless name": (put(**{"a" * 9999: torch.ones(2)}), ["unexpected"]),
+    "one layer too many": (one_layer_more, ["model.layers.2.", "and 11 more"]),
+    "inv_freq elsewhere": (put(**{"x.rotary_emb.inv_freq": torch.ones(4)}), ["'x.rotary_emb.inv_freq'"]),
+    "misshapen": (put(q0=lambda q: q[:-1]), [Q0, "(31, 24)", "(32, 24)"]),
+    "transposed": (put(q0=lambda q: q.T), [Q0, "(24, 32)", "(32, 24)"]),
+    "flat": (put(q0=lambda q: q.flatten()), [Q0, "(768,)", "(32, 24)"]),
+    "scalar": (put(q0=torch.tensor(1.0)), [Q0, "shape ()"]),
+    "integers": (put(q0=lambda q: q.int()), [Q0, "I32", "BF16"]),
+    "float8": (put(q0=lambda q: q.to(torch.float8_e4m3fn)), [Q0, "F8_E4M3", "BF16"]),
+    "both prefixes": (put(**{Q0[6:]: lambda q: q}), [Q0, "is also", "once"]),
+    "twice in the header": (
+        header(f'"{Q0}"', f'"{Q0}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}},"{Q0}"'), [Q0, "twice"]),
+    "truncated data": (cut(9000), ["9000 bytes", *NOT_WHOLE]),
+    "truncated header": (cut(100), ["100 bytes", *NOT_WHOLE]),
+    "truncated length": (cut(3), ["3 bytes", *NOT_WHOLE]),
+    "zero bytes": (cut(0), ["empty (0 bytes)"]),
+    "trailing bytes": (lambda p: (p / FILE).open("ab").write(b"x"), NOT_WHOLE),
+    "huge header": (lambda p: (p / FILE).write_bytes(b"\xff" * 64), NOT_WHOLE),
+    "bad header": (header('{"dtype"', '{dtype'), NOT_WHOLE),
+    "overlap": (header("[0,", "[2,"), NOT_WHOLE),
+    "unknown dtype": (header("BF16", "BF61"), NOT_WHOLE),
+    "a pickle renamed": (lambda p: torch.save({}, p / FILE), NOT_WHOLE),
+    "git-lfs": (text(FILE, LFS), ["git-lfs pointer", "`git lfs pull`"]),
+    "git-lfs config": (text("config.json", LFS), ["config.json", "`git lfs pull`"]),
     "no config": (lambda p: (p / "config.json").unlink(), ["config.json", "cannot be read"]),
-    "config is a fifo": (lambda p: ((p / "config.json").unlink(), os.mkfifo(p / "config.json")), ["not a regular file"]),
-    "bad config": (lambda p: (p / "config.json").write_text("{"), ["config.json", "JSON"]),
-    "endless layers": (lambda p: (p / "config.json").write_text(json.dumps(
-        tiny(num_hidden_layers=10**12).to_dict())), ["num_hidden_layers", "27 tensors"]),
-    "quantised": (lambda p: (p / "config.json").write_text(json.dumps(
-        tiny(quantization_config={"quant_method": "awq"}).to_dict())), ["quantization_config", "'awq'"]),
-    "stray shard": (lambda p: (p / "model-00002-of-00002.safetensors").write_bytes(b"x"), ["model-00002-of-00002", "not named"]),
-    "fifo": (lambda p: ((p / "model.safetensors").unlink(), os.mkfifo(p / "model.safetensors")), ["not a regular file"]),
-    "directory": (lambda p: ((p / "model.safetensors").unlink(), (p / "model.safetensors").mkdir()), ["not a regular file"]),
-    "device": (lambda p: ((p / "model.safetensors").unlink(), (p / "model.safetensors").symlink_to("/dev/zero")),
-               ["not a regular file"]),
-    "dangling link": (lambda p: ((p / "model.safetensors").unlink(), (p / "model.safetensors").symlink_to("gone")),
-                      ["model.safetensors", "cannot be read"]),
-    "link loop": (lambda p: ((p / "model.safetensors").unlink(), (p / "model.safetensors").symlink_to("model.safetensors")),
-                  ["model.safetensors", "cannot be read"]),
-    "only a pickle": (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"),
-                      ["pytorch_model.bin", "pickle", "never opened", "convert"]),
-    "other name": (lambda p: (p / "model.safetensors").rename(p / "weights.safetensors"), ["weights.safetensors", "without an index"]),
-    "no weights": (lambda p: (p / "model.safetensors").unlink(), ["no model.safetensors"]),
-    "empty": (lambda p: [f.unlink() for f in p.iterdir()], ["empty"]),
+    "config is a fifo": (replaced("config.json", os.mkfifo), ["config.json", "not a regular file"]),
+    "bad config": (text("config.json", "{"), ["config.json", "JSON"]),
+    "endless layers": (config(num_hidden_layers=10**12), ["num_hidden_layers", "27 tensors"]),
+    "quantised": (config(quantization_config={"quant_method": "awq"}), ["quantization_config", "'awq'"]),
+    "stray shard": (text("model-00002-of-00002.safetensors", "x"), ["-of-00002", "is not part of"]),
+    "fifo": (replaced(FILE, os.mkfifo), [FILE, "not a regular file"]),
+    "directory": (replaced(FILE, Path.mkdir), [FILE, "not a regular file"]),
+    "device": (replaced(FILE, lambda p: p.symlink_to("/dev/zero")), [FILE, "not a regular file"]),
+    "link to a fifo": (lambda p: (os.mkfifo(p / "f"), replaced(FILE, lambda q: q.symlink_to("f"))(p)),
+                       [FILE, "not a regular file"]),
+    "dangling link": (replaced(FILE, lambda p: p.symlink_to("gone")), [FILE, "cannot be read"]),
+    "link loop": (replaced(FILE, lambda p: p.symlink_to(FILE)), [FILE, "cannot be read"]),
+    "only a pickle": (lambda p: (p / FILE).rename(p / "pytorch_model.bin"),
+                      ["'pytorch_model.bin'", "pickle", "never opened", "convert"]),
+    "other name": (lambda p: (p / FILE).rename(p / "weights.safetensors"), ["'weights.safetensors' alone"]),
+    "no weights": (lambda p: (p / FILE).unlink(), [f"neither {FILE}", "1 other files"]),
+    "empty": (lambda p: [f.unlink() for f in p.iterdir()], ["nothing at all"]),
     "a file": (lambda p: (shutil.rmtree(p), p.write_text("x")), ["is a file", "directory"]),
 }
 
@@ -308,7 +351,7 @@ SINGLE_FAULTS = {
 def alarm():
     """A reader that opens a fifo blocks for ever: end the test instead."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("blocked"))
-    signal.alarm(20)
+    signal.alarm(120)
     yield
     signal.alarm(0)
 
@@ -322,51 +365,54 @@ def test_single_file_faults(tmp_path, alarm, fault):
     refusal(lambda: Checkpoint(path).check(), str(path), *words)
 
 
-SHARDS = "model-{:05d}-of-00003.safetensors"
+ONE, TWO, THREE = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
 
 
-def edit_index(p: Path, change) -> None:
-    index = json.loads((p / reader.INDEX).read_text())
-    change(index)
-    (p / reader.INDEX).write_text(json.dumps(index))
+def edit_map(change):
+    def edit(p):
+        index = json.loads((p / reader.INDEX).read_text())
+        change(index["weight_map"])
+        (p / reader.INDEX).write_text(json.dumps(index))
+    return edit
 
 
-def point(file) -> tuple:
-    return lambda p: edit_index(p, lambda i: i["weight_map"].update({Q0: file}))
+def point(file):
+    return edit_map(lambda m: m.update({Q0: file}))
+
+
+def swap(p):
+    (p / ONE).rename(p / "t"), (p / TWO).rename(p / ONE), (p / "t").rename(p / TWO)
 
 
 INDEX_FAULTS = {
-    "parent": (point("../c/" + SHARDS.format(1)), [Q0, "'../c/", "plain name"]),
-    "absolute": (point("/etc/passwd"), [Q0, "'/etc/passwd'", "plain name"]),
-    "backslash": (point("..\\" + SHARDS.format(1)), ["plain name"]),
+    "parent": (point(f"../c/{ONE}"), [Q0, "'../c/", "plain name"]),
+    "absolute": (point("/etc/x.safetensors"), [Q0, "'/etc/x.safetensors'", "plain name"]),
+    "backslash": (point(f"..\\{ONE}"), ["plain name"]),
     "dots": (point(".."), ["plain name"]),
     "nul": (point("a\0.safetensors"), ["plain name"]),
     "subdirectory": (point("sub/model.safetensors"), ["plain name"]),
     "pickle": (point("pytorch_model.bin"), ["'pytorch_model.bin'", "plain name"]),
     "number": (point(3), ["3", "plain name"]),
-    "list": (point([SHARDS.format(1)]), ["plain name"]),
+    "list": (point([ONE]), ["plain name"]),
     "absent file": (point("other.safetensors"), ["other.safetensors", "cannot be read"]),
-    "wrong shard": (point(SHARDS.format(3)), [Q0, "model-00003", "does not hold"]),
-    "not in the index": (lambda p: edit_index(p, lambda i: i["weight_map"].pop(Q0)), [Q0, "does not place"]),
-    "not in the shard": (lambda p: edit_index(p, lambda i: i["weight_map"].update({"model.x": SHARDS.format(1)})),
-                         ["'model.x'", "does not hold"]),
-    "bad JSON": (lambda p: (p / reader.INDEX).write_text("{oops"), [reader.INDEX, "not valid JSON"]),
-    "deep JSON": (lambda p: (p / reader.INDEX).write_text("[" * 200000), [reader.INDEX, "not valid JSON"]),
+    "wrong shard": (point(THREE), [Q0, "hold", "places it"]),
+    "not in the index": (edit_map(lambda m: m.pop(Q0)), [Q0, ": holds tensor", "places it"]),
+    "not in the shard": (edit_map(lambda m: m.update({"model.x": ONE})), ["'model.x'", "does not hold"]),
+    "bad JSON": (text(reader.INDEX, "{oops"), [reader.INDEX, "not valid JSON"]),
+    "deep JSON": (text(reader.INDEX, "[" * 200000), [reader.INDEX, "not valid JSON"]),
     "bad UTF-8": (lambda p: (p / reader.INDEX).write_bytes(b'{"\xff":1}'), [reader.INDEX, "not valid JSON"]),
-    "a list": (lambda p: (p / reader.INDEX).write_text("[]"), ["'weight_map' is missing"]),
-    "no map": (lambda p: (p / reader.INDEX).write_text("{}"), ["'weight_map' is missing"]),
-    "empty map": (lambda p: (p / reader.INDEX).write_text('{"weight_map":{}}'), ["'weight_map' is missing or empty"]),
-    "twice": (lambda p: (p / reader.INDEX).write_text(json.dumps({"weight_map": {Q0: "a"}}).replace(
-        '"a"', f'"a.safetensors", "{Q0}": "b.safetensors"')), [Q0, "twice"]),
-    "empty index": (lambda p: (p / reader.INDEX).write_text(""), [reader.INDEX, "0 bytes"]),
-    "no index": (lambda p: (p / reader.INDEX).unlink(), ["model-00001-of-00003", "without an index"]),
-    "missing shard": (lambda p: (p / SHARDS.format(2)).unlink(), [SHARDS.format(2), "cannot be read"]),
-    "truncated shard": (lambda p: os.truncate(p / SHARDS.format(2), 4000), [SHARDS.format(2), "cut short"]),
-    "zero-byte shard": (lambda p: os.truncate(p / SHARDS.format(3), 0), [SHARDS.format(3), "0 bytes"]),
-    "swapped shards": (lambda p: ((p / SHARDS.format(1)).rename(p / "t"), (p / SHARDS.format(2)).rename(p / SHARDS.format(1)),
-                                  (p / "t").rename(p / SHARDS.format(2))), ["does not place"]),
-    "stray shard": (lambda p: shutil.copy(p / SHARDS.format(1), p / "model-00004-of-00004.safetensors"), ["not named"]),
-    "both layouts": (lambda p: shutil.copy(p / SHARDS.format(1), p / "model.safetensors"), ["/model.safetensors", "not named"]),
+    "a list": (text(reader.INDEX, "[]"), ["'weight_map' is missing"]),
+    "no map": (text(reader.INDEX, "{}"), ["'weight_map' is missing"]),
+    "empty map": (text(reader.INDEX, '{"weight_map":{}}'), ["'weight_map' is missing or empty"]),
+    "twice": (text(reader.INDEX, f'{{"weight_map":{{"{Q0}":"{ONE}","{Q0}":"{TWO}"}}}}'), [Q0, "twice"]),
+    "empty index": (text(reader.INDEX, ""), [reader.INDEX, "0 bytes"]),
+    "no index": (lambda p: (p / reader.INDEX).unlink(), [f"'{ONE}' alone"]),
+    "missing shard": (lambda p: (p / TWO).unlink(), [TWO, "cannot be read"]),
+    "truncated shard": (cut(4000, TWO), [TWO, *NOT_WHOLE]),
+    "zero-byte shard": (cut(0, THREE), [THREE, "0 bytes"]),
+    "swapped shards": (swap, ["hold", "places it"]),
+    "stray shard": (text("model-00004-of-00004.safetensors", "x"), ["-of-00004", "is not part of"]),
+    "both layouts": (text(FILE, "x"), ["/model.safetensors", "is not part of"]),
 }
 
 
@@ -374,7 +420,7 @@ INDEX_FAULTS = {
 def test_sharded_faults(tmp_path, alarm, fault):
     path = tmp_path / "c"
     write(path, max_shard_bytes=12000)
-    assert (path / SHARDS.format(3)).exists()
+    assert (path / THREE).exists()
     change, words = INDEX_FAULTS[fault]
     change(path)
     refusal(lambda: Checkpoint(path).check(), str(path), *words)
@@ -404,7 +450,7 @@ def test_damaged_headers_and_indexes_never_escape_as_another_error(tmp_path):
 
 def test_not_a_directory_but_a_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refusal(lambda: Checkpoint("Qwen/Qwen2.5-7B-Instruct"), "nothing is downloaded", "hf download Qwen/Qwen2.5-7B-Instruct")
+    refusal(lambda: Checkpoint("Qwen/Qwen2.5-7B"), "nothing is downloaded", "hf download Qwen/Qwen2.5-7B ")
     refusal(lambda: Checkpoint(tmp_path / "nowhere"), "no such directory")
     refusal(lambda: Checkpoint("a\0b"), "no such directory")
 
@@ -426,7 +472,7 @@ def test_rotary_buffers_and_a_tied_head_copy_are_tolerated(tmp_path):
     for change in (lambda w: w.index_put_((torch.tensor(60), torch.tensor(23)), torch.tensor(1.0).bfloat16()),
                    lambda w: w.float(), lambda w: w[:-1].clone(), lambda w: torch.where(w == w[3, 3], -w, w)):
         rewrite(path, lambda t, f=change: t.update({"lm_head.weight": f(embedding.clone())}))
-        refusal(Checkpoint(path).check, "lm_head.weight", "differs", "tie_word_embeddings", "model.safetensors")
+        refusal(Checkpoint(path).check, FILE, "lm_head.weight", "differs", "tie_word_embeddings")
 
 
 def test_a_llama_config_needs_a_zero_output_bias(tmp_path):
@@ -454,13 +500,14 @@ def test_not_finite(tmp_path, monkeypatch):
     write(path)
     Checkpoint(path).check_finite()
     monkeypatch.setattr(reader, "PIECE_BYTES", 500)
+    up = "model.layers.1.mlp.up_proj.weight"
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         bad = torch.ones(40, 24, dtype=dtype)
         bad[3, 5] = bad[39, 23] = float("nan")
         bad[20, 0] = float("-inf")
-        rewrite(path, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": bad}))
+        rewrite(path, lambda t: t.update({up: bad}))
         Checkpoint(path).check()
-        refusal(Checkpoint(path).check_finite, "model.layers.1.mlp.up_proj.weight", "2 NaN", "1 infinite", "model.safetensors")
+        refusal(Checkpoint(path).check_finite, FILE, up, "2 NaN", "1 infinite", "among 960")
 
 
 def test_a_file_that_changes_while_open_is_refused(tmp_path):
@@ -475,38 +522,40 @@ def test_a_file_that_changes_while_open_is_refused(tmp_path):
 # ---- the writer refuses, and survives
 
 def test_the_writer_takes_exactly_the_configs_tensors(tmp_path):
-    config, good = tiny(), weights(tiny())
+    path, config, good = tmp_path / "c", tiny(), weights(tiny())
     faults = {"was not given": {n: t for n, t in good.items() if n != Q0},
               "not one of the 27": good | {"model.x": torch.ones(1)},
               "(31, 24)": good | {Q0: good[Q0][:-1]},
               "torch.float32": good | {Q0: good[Q0].float()}}
     for word, tensors in faults.items():
-        refusal(lambda t=tensors: write_checkpoint(tmp_path / "c", config, t.items()), word)
-    refusal(lambda: write_checkpoint(tmp_path / "c", config, [*good.items(), (Q0, good[Q0])]), Q0, "twice")
-    refusal(lambda: write_checkpoint(tmp_path / "c", config, good.items(), max_shard_bytes=0), "max_shard_bytes")
-    refusal(lambda: write_checkpoint(tmp_path / "c", config, good.items(), dtypes={Q0: torch.int8}), Q0, "int8")
+        refusal(lambda t=tensors: write_checkpoint(path, config, t.items()), word)
+    refusal(lambda: write_checkpoint(path, config, [*good.items(), (Q0, good[Q0])]), Q0, "twice")
+    refusal(lambda: write_checkpoint(path, config, good.items(), max_shard_bytes=0), "max_shard_bytes")
+    refusal(lambda: write_checkpoint(path, config, good.items(), dtypes={Q0: torch.int8}), Q0, "int8")
     assert os.listdir(tmp_path) == []
-    for t in (good[Q0].T.contiguous().T, good[Q0].clone().requires_grad_()):  # strides and gradients do not matter
-        write_checkpoint(tmp_path / "c", config, (good | {Q0: t}).items())
-        assert_holds(tmp_path / "c", good)
+    for t in (good[Q0].T.contiguous().T, good[Q0].clone().requires_grad_()):  # strides, gradients: no matter
+        write_checkpoint(path, config, (good | {Q0: t}).items())
+        assert_holds(path, good)
 
 
 def test_companions_and_extra_files(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    keep = ("tokenizer.json", "generation_config.json", "merges.txt", "chat_template.jinja", "tokenizer.model", "LICENSE")
-    drop = ("config.json", "model.safetensors.index.json", "pytorch_model.bin", "x.safetensors", ".gitattributes", "t.gguf")
-    for name in keep + drop:
+    keep = ("tokenizer.json", "generation_config.json", "merges.txt", "chat_template.jinja",
+            "tokenizer.model", "LICENSE")
+    for name in (*keep, "config.json", "model.safetensors.index.json", "pytorch_model.bin", "x.safetensors",
+                 ".gitattributes", "t.gguf"):
         (source / name).write_text(name)
     (source / "sub").mkdir()
     write(tmp_path / "c", sources=source, extra_files={"NOTE.md": "ü", "LICENSE": b"mine"})
     got = {p.name for p in (tmp_path / "c").iterdir()}
     assert got == {*keep, "config.json", "model.safetensors", "NOTE.md"}
-    assert (tmp_path / "c" / "LICENSE").read_text() == "mine" and (tmp_path / "c" / "NOTE.md").read_text() == "ü"
+    assert (tmp_path / "c" / "LICENSE").read_text() == "mine"
+    assert (tmp_path / "c" / "NOTE.md").read_bytes() == "ü".encode()
     write(tmp_path / "c", seed=1, sources=tmp_path / "c")  # in place: the tokenizer stays
     assert {p.name for p in (tmp_path / "c").iterdir()} == got
     for name in ("../x", "a/b", "config.json", "model.safetensors", "", ".."):
-        refusal(lambda n=name: write(tmp_path / "d", extra_files={n: "x"}), "plain name")
+        refusal(lambda n=name: write(tmp_path / "d", extra_files={n: "x"}), "plain file name")
     refusal(lambda: write(tmp_path / "d", sources=tmp_path / "gone"), "gone", "not a directory")
     os.mkfifo(source / "vocab.json")
     refusal(lambda: write(tmp_path / "d", sources=source), "vocab.json", "regular")
@@ -567,17 +616,17 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # a real write that really fails
     try:
-        refusal(lambda: write(tmp_path / "c", seed=1), str(tmp_path / "c"), "could not be written", "untouched")
+        refusal(lambda: write(tmp_path / "c", seed=1), f"{tmp_path}/c: could not be written", "as it was")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
-    refusal(lambda: write(tmp_path / "c", seed=1), "needs", "5000 are free")
+    refusal(lambda: write(tmp_path / "c", seed=1), "5000 bytes free")
     monkeypatch.undo()
     for call in ("fsync", "truncate"):
         def full(*_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         monkeypatch.setattr(os, call, full)
-        refusal(lambda: write(tmp_path / "c", seed=1), "No space left on device", "untouched")
+        refusal(lambda: write(tmp_path / "c", seed=1), "No space left on device", "as it was")
         monkeypatch.undo()
     assert_holds(tmp_path / "c", old)
     assert os.listdir(tmp_path) == ["c"]
@@ -589,6 +638,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import *
 torch.set_num_threads(1)
+os.fsync = lambda fd: None  # a kill, unlike a power cut, loses nothing that was written
 path = Path(sys.argv[1]) / "c"
 versions = [weights(tiny(), 0), weights(tiny(), 1)]
 def put(v): write_checkpoint(path, tiny(), versions[v].items(), max_shard_bytes=20000)
@@ -615,7 +665,7 @@ def run(kill_at):
 put(0)
 assert run(0) == 0
 total = int(Path(sys.argv[1], "calls").read_text())
-points = sorted({*range(1, total, total // 40), *range(total - 160, total, 4)})
+points = sorted({*range(1, total, total // 30), *range(total - 150, total, 5)})
 survived = [0, 0]
 for k in points:
     put(0)
@@ -632,7 +682,7 @@ print(len(points), *survived, left)
 
 def test_killed_at_any_call_it_leaves_the_old_or_the_new(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(ROOT / "tests")], env=ENV,
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     points, old, new, left = done.stdout.split(maxsplit=3)
     assert int(old) + int(new) == int(points) > 60 and int(old) > 30 and int(new) > 1
@@ -682,24 +732,28 @@ def test_tool_writes_any_shape(tmp_path, capsys):
           "--tie-word-embeddings", str(tmp_path / "b")])
     b = Checkpoint(tmp_path / "b")
     b.check()
-    assert b.config.dtype == "float32" and b.config.tie_word_embeddings and (tmp_path / "b" / reader.INDEX).exists()
+    assert b.config.dtype == "float32" and b.config.tie_word_embeddings
+    assert (tmp_path / "b" / reader.INDEX).exists()
     assert torch.equal(b.read(Q0, dtype=torch.bfloat16), a.read(Q0))  # the same numbers in another precision
     main(["--size", "7B", *SMALL, "--seed", "1", "--overwrite", str(tmp_path / "b")])
     assert not torch.equal(Checkpoint(tmp_path / "b").read(Q0), a.read(Q0))
     main(["--config", str(tmp_path / "a"), "--seed", "1", str(tmp_path / "c")])
     assert_holds(tmp_path / "c", {n: Checkpoint(tmp_path / "b").read(n) for n in a.names})
     refusal(lambda: main(["--size", "7B", *SMALL, str(tmp_path / "a")]), "exists", "--overwrite")
-    refusal(lambda: main(["--size", "7B", *SMALL, "--num-attention-heads", "27", str(tmp_path / "d")]), "num_attention_heads")
+    refusal(lambda: main(["--size", "7B", "--num-attention-heads", "27", str(tmp_path / "d")]),
+            "num_attention_heads")
 
 
-def test_tool_command_line(tmp_path):
+def test_tool_command_line(tmp_path, capsys):
     ok = tool("--size", "0.5B", *SMALL, str(tmp_path / "c"))
     assert ok.returncode == 0 and json.loads(ok.stdout)["files"] == 1 and "B/s" in ok.stderr, ok.stderr
-    help_ = tool("--help")
-    assert help_.returncode == 0 and "--num-hidden-layers" in help_.stdout and "72B" in help_.stdout
     done = tool("--size", "7B", "--num-key-value-heads", "3", str(tmp_path / "d"))
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ") and "num_key_value_heads" in done.stderr
+    with pytest.raises(SystemExit) as e:
+        make_checkpoint.main(["--help"])
+    told = capsys.readouterr().out
+    assert e.value.code == 0 and "--num-hidden-layers" in told and "72B" in told and "four shards" in told
     for args in (["--size", "9B"], ["--size", "0.5B", "--seed", "-1"], [], ["--size", "7B", "--config", "x"]):
         with pytest.raises(SystemExit) as e:
             make_checkpoint.main([*args, str(tmp_path / "d")])

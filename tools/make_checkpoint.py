@@ -4,10 +4,10 @@
     python tools/make_checkpoint.py --size 0.5B --num-hidden-layers 4 DST
     python tools/make_checkpoint.py --config some/config.json --dtype float32 --tokenizer weights/embedded DST
 
-Matrices, embeddings and biases are drawn from N(0, 0.02^2), the model's initializer_range; norm weights are 1. One
-block of 16,777,213 numbers (a prime, so that no two rows of a matrix are equal) is drawn from the seed and every
-tensor repeats it from an offset of its own, given by the seed and its name: good for speed, size and format tests,
-and as fast as the disk; do not look for statistics in it.
+Matrices, embeddings and biases are drawn from N(0, 0.02^2), as initializer_range says; norm weights are 1.
+One block of 16,777,213 numbers (a prime, so that no two rows of a matrix are equal) is drawn from the seed,
+and every tensor repeats it from an offset of its own, given by the seed and its name: as fast as the disk,
+and good for tests of speed, size and format; do not look for statistics in it.
 """
 
 import argparse
@@ -34,9 +34,10 @@ SIZES = {
     "32B": (5120, 27648, 64, 40, 8, 152064, False),
     "72B": (8192, 29568, 80, 64, 8, 152064, False),
 }
-OVERRIDES = {"hidden_size": int, "intermediate_size": int, "num_hidden_layers": int, "num_attention_heads": int,
-             "num_key_value_heads": int, "head_dim": int, "vocab_size": int, "max_position_embeddings": int,
-             "rope_theta": float, "rms_norm_eps": float}
+OVERRIDES = {
+    "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int, "num_attention_heads": int,
+    "num_key_value_heads": int, "head_dim": int, "vocab_size": int, "max_position_embeddings": int,
+    "rope_theta": float, "rms_norm_eps": float}
 BLOCK = 16_777_213
 STD = 0.02
 
@@ -47,10 +48,11 @@ def official_config(size: str) -> ModelConfig:
     return ModelConfig.from_dict({
         "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
         "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": D, "initializer_range": STD,
-        "intermediate_size": I, "max_position_embeddings": 32768, "max_window_layers": L, "model_type": "qwen2",
-        "num_attention_heads": H, "num_hidden_layers": L, "num_key_value_heads": K, "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
-        "use_cache": True, "use_sliding_window": False, "vocab_size": V}, source=f"--size {size}")
+        "intermediate_size": I, "max_position_embeddings": 32768, "max_window_layers": L,
+        "model_type": "qwen2", "num_attention_heads": H, "num_hidden_layers": L, "num_key_value_heads": K,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": V,
+    }, source=f"--size {size}")
 
 
 def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,14 +78,16 @@ def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = parser.add_mutually_exclusive_group(required=True)
     shape.add_argument("--size", choices=SIZES, help="an official Qwen2.5 shape")
     shape.add_argument("--config", metavar="FILE", help="a config.json, or the directory that holds one")
     parser.add_argument("dst", metavar="DST", help="the directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at DST")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is at DST")
     parser.add_argument("--tokenizer", metavar="DIR", help="copy the tokenizer and other small files of DIR")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="default: the config's")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"),
+                        help="of the weights (default: the config's)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
     parser.add_argument("--max-shard-bytes", type=int, default=4 * 10**9, metavar="N",
                         help="start a new file beyond this many bytes (default %(default)s)")
@@ -100,10 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     changes = {k: v for k, v in vars(args).items()
                if k in (*OVERRIDES, "dtype", "tie_word_embeddings") and v is not None}
-    config = (official_config(args.size) if args.size else ModelConfig.from_json(args.config)).replace(**changes)
+    config = official_config(args.size) if args.size else ModelConfig.from_json(args.config)
+    config = config.replace(**changes)
     if config.quantization_config is not None:
-        raise CheckpointError(f"{args.config}: quantization_config is set; only unquantised checkpoints are written; "
-                              "remove the key")
+        raise CheckpointError(f"{args.config}: quantization_config is set, but only unquantised weights are "
+                              "written; remove the key")
     dst = Path(args.dst)
     if dst.exists() and not args.overwrite and not (dst.is_dir() and not any(dst.iterdir())):
         raise CheckpointError(f"{dst}: exists; choose another directory or pass --overwrite")
