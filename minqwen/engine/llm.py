@@ -26,7 +26,7 @@ from minqwen.engine.sampling import Row, StopChecker, bad_word_ids, logprobs_of,
 from minqwen.engine.scheduler import Scheduler, Sequence
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
 from minqwen.model import Batch, Qwen2
-from minqwen.model.qwen2 import UNTRACED
+from minqwen.model.trace import UNTRACED, Seen, Tap, select
 from minqwen.parallel import Mesh
 from minqwen.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -41,6 +41,7 @@ class Request:
     salt: str | None
     sequences: list[Sequence] = field(default_factory=list)
     forked: bool = False
+    trace: set[str] = field(default_factory=set)  # the points that the caller wants to see
 
 
 @dataclass(eq=False)
@@ -112,7 +113,6 @@ class LLM:
         self.requests: dict[str, Request] = {}
         self.arrivals = itertools.count()
         self.seeds = itertools.count(self._entropy() if seed is None else seed)
-        self.tracer = None  # lab/trace.py sets it
 
     # ---- what callers use ------------------------------------------------------------------------------------
 
@@ -122,9 +122,13 @@ class LLM:
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         *,
         cache_salt: str | None = None,
+        trace=None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete every prompt (text or token ids); outputs in the order of the prompts."""
+        """Complete every prompt (text or token ids); outputs in the order of the prompts.
+
+        trace: names of points, as in `Qwen2.run_with_cache`, to have in each completion's `trace`.
+        """
         if isinstance(prompts, str) or (prompts and isinstance(prompts, list) and isinstance(prompts[0], int)):
             prompts = [prompts]
         prompts = list(prompts)
@@ -137,7 +141,7 @@ class LLM:
         started, tokens = time.perf_counter(), 0
         try:
             for prompt, p in zip(prompts, params):
-                ids.append(self.add_request(prompt, p, cache_salt=cache_salt))
+                ids.append(self.add_request(prompt, p, cache_salt=cache_salt, trace=trace))
             done: dict[str, RequestOutput] = {}
             mine = set(ids)
             while len(done) < len(ids):
@@ -198,8 +202,10 @@ class LLM:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        trace=None,
     ) -> str:
-        """Queue one prompt for `step`. Returns its id. cache_salt: share cached prefixes only with the same salt."""
+        """Queue one prompt for `step`. Returns its id. cache_salt: share cached prefixes only with the same salt.
+        trace: as in `generate`; what is traced is computed, not read from the prefix cache."""
         params = sampling_params or SamplingParams.from_defaults(self.defaults)
         text = prompt if isinstance(prompt, str) else None
         if text is not None and self.tokenizer is None:
@@ -217,6 +223,10 @@ class LLM:
             output.prompt_logprobs = [None] * len(ids)
         seed = next(self.seeds) if params.seed is None else params.seed
         request = Request(output, params, seed, cache_salt)
+        if trace is not None:
+            if params.n > 1:
+                raise SamplingError("trace is for n = 1: ask for one completion")
+            request.trace = select(trace, self.config.num_hidden_layers)
         self.requests[request_id] = request
         for index in range(params.n):
             completion = CompletionOutput(index, "", [])
@@ -224,7 +234,7 @@ class LLM:
                 completion.logprobs, completion.cumulative_logprob = [], 0.0
             output.outputs.append(completion)
             sequence = Sequence((arrival, index), list(ids), len(ids), cache_salt)
-            sequence.use_cache = params.prompt_logprobs is None
+            sequence.use_cache = params.prompt_logprobs is None and not request.trace
             eos = self.defaults.eos_token_ids
             row = Row(params, ids, completion.token_ids, seed, index, eos_token_ids=eos, bad_words=bad_words)
             decoder = self.tokenizer.decoder(skip_special_tokens=True) if self.tokenizer else None
@@ -253,8 +263,7 @@ class LLM:
         if not plan:
             return []
         ids, batch, rows_of = self._pack(plan)
-        tap = UNTRACED if self.tracer is None else self.tracer.begin_step(plan, batch)
-        logits = self.model(ids, batch, self.cache, tap)
+        logits = self.model(ids, batch, self.cache, self._tap(plan, rows_of))
         last = logits[[rows_of[i][1] - 1 for i in range(len(plan))]]  # [B, V]
         sound = torch.isfinite(last).all(-1).tolist()
         drawing: list[tuple[Sequence, Tensor]] = []
@@ -310,6 +319,34 @@ class LLM:
         batch = Batch(positions, query_lens, context_lens, slots, block_tables, device(at))
         return device(ids), batch, rows_of
 
+    def _tap(self, plan: list[tuple[Sequence, int]], rows_of: list[tuple[int, int]]):
+        """What the step's traced requests see of it: their own rows, kept on the CPU."""
+        traced = [i for i, (sequence, _) in enumerate(plan) if sequence.state.request.trace]
+        if not traced:
+            return UNTRACED
+        ends = list(itertools.accumulate(count for _, count in plan))
+
+        def show(name: str, x: Tensor, where: tuple[int, int, int] | None) -> None:
+            for i in traced:
+                sequence, count = plan[i]
+                if name not in sequence.state.request.trace:
+                    continue
+                if where is not None:  # scores and pattern, [sequences of this call, H, T, L]
+                    if not where[0] <= i < where[0] + where[1]:
+                        continue
+                    rows = x[i - where[0], :, :, : sequence.computed + count]
+                elif name in ("final_norm", "logits"):
+                    rows = x[slice(*rows_of[i])]
+                else:
+                    rows = x[ends[i] - count : ends[i]]
+                kept = sequence.state.output.trace.setdefault(name, [])
+                if sequence.computed == 0:
+                    kept.clear()  # recomputed from the start
+                kept.append(rows.to("cpu", copy=True))
+
+        names = set().union(*(plan[i][0].state.request.trace for i in traced))
+        return Tap(self.model, names, show)
+
     def _draw(self, drawing: list[tuple[Sequence, Tensor]]) -> tuple[list[int], list[dict | None]]:
         """The next token of each sequence, and its logprobs where they were asked for."""
         rows = [sequence.state.row for sequence, _ in drawing]
@@ -349,6 +386,9 @@ class LLM:
                 reason = ("stop", stopped)
         if reason:
             output.finish_reason, output.stop_reason = reason
+            steps = output.trace.items()
+            output.trace = Seen({name: x if x[0].dim() == 3 and name.endswith(("scores", "pattern")) else torch.cat(x)
+                                 for name, x in steps})
             self.scheduler.finish(sequence)
             if all(o.finish_reason for o in request.output.outputs):
                 request.output.finished, request.output.metrics.finished = True, now

@@ -15,6 +15,9 @@ class CompletionOutput:
     logprobs: list[dict] | None = None  # per token: {id: Logprob}
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None while it runs
     stop_reason: int | str | None = None  # the stop token or string; None for end of text
+    # What was asked for with `trace`, by name: [tokens, ...] of all that went through the model; final_norm and
+    # logits where a token was drawn; scores and pattern as a list with a tensor [H, T, L] for each step.
+    trace: dict = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -47,4 +50,3 @@ class RequestOutput:
     prompt_logprobs: list[dict | None] | None = None  # per prompt token; None for the first
     num_cached_tokens: int = 0  # prompt tokens whose keys and values came from the prefix cache
     error: str | None = None
-    trace: dict = field(default_factory=dict, repr=False)

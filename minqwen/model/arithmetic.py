@@ -21,9 +21,11 @@ class Native:
     """torch operations in the model's dtype, rounding where transformers rounds, in its order."""
 
     name = "native"
+    most_scores = 1 << 24  # scores to hold at once, if there are more: memory grows with the context, not its square
 
     def prepare(self, linear: nn.Module, mesh: Mesh) -> None:
-        """Make a weight ready, once, at load. `linear` has `weight` [out, in] and `bias` [out] or None."""
+        """Make a weight ready, once, at load. `linear` has `weight` [out, in] and `bias` [out] or None; `mesh`
+        are the ranks that hold the other columns of the same rows."""
 
     def rotary_table(self, config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return rotary_table(config, length, dtype)
@@ -61,15 +63,12 @@ class Native:
         """softmax(q k^T scale) v (arXiv:1706.03762), the softmax in float32 at least.
 
         q [N, heads, R, d]; k, v [N, heads, L, d]; visible bool, broadcast to [N, 1, R, L], None: all.
-        Returns z [N, heads, R, d]. `tap(name, x)` shows "scores" and "pattern" [N, heads, R, L].
+        Returns z [N, heads, R, d]. `tap(name, x)` shows "attn.scores" and "attn.pattern" [N, heads, R, L].
         """
         scores = torch.matmul(q, k.transpose(-1, -2)) * scale
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
-        scores = tap("scores", scores)
+        scores = tap("attn.scores", scores)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        pattern = tap("pattern", torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype))
+        pattern = tap("attn.pattern", torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype))
         return torch.matmul(pattern, v)
-
-
-ARITHMETICS: dict[str, type[Native]] = {"native": Native}

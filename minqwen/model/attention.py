@@ -38,6 +38,7 @@ class KVCache:
 def dense_attention(ops, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, tap: Callable) -> Tensor:
     """Every sequence whole, of equal length: the definition. q [T, H, d]; k, v [T, K, d] -> [T, H, d]."""
     B, L, G = len(batch.query_lens), batch.query_lens[0], q.shape[1] // k.shape[1]
+    k, v = ops.cached(k, v)  # what a cache would hold
     q, k, v = (x.unflatten(0, (B, L)).transpose(1, 2) for x in (q, k, v))  # [B, heads, L, d]
     if G > 1:  # key/value head j serves query heads j G .. j G + G - 1; expanded, not repeat_interleave'd, because
         # the strides of transformers' keys decide which kernel multiplies them, and so their last bits
@@ -70,13 +71,16 @@ def paged_attention(
         groups = q[rows].view(count, R, K, H // K, d).permute(0, 2, 3, 1, 4)  # [count, K, G, R, d]
         at = batch.positions[rows].view(count, R, 1)
         visible = torch.arange(L, device=q.device) <= at  # [count, R, L]
-        tile = max(1, SCORES_BUDGET // (count * H * L))
+        tile = max(1, min(SCORES_BUDGET, ops.most_scores) // (count * H * L)) if tap.tiles else R
         out = z[rows].view(count, R, K, H // K, d).permute(0, 2, 3, 1, 4)
         for r in range(0, R, tile):
             part = groups[:, :, :, r : r + tile]
+            seen = min(L, L - R + r + tile)  # by the last row of the tile
             # Nothing is hidden from a decode whose context fills the tile: the mask would cost a pass.
-            hide = None if R == 1 and min(lengths) == L else visible[:, None, r : r + tile].repeat(1, 1, H // K, 1)
-            out[:, :, :, r : r + tile] = ops.attend(part.flatten(2, 3), ks, vs, hide, scale, tap).view(part.shape)
+            hide = None if R == 1 and min(lengths) == L else visible[:, None, r : r + tile, :seen].repeat(1, 1, H // K, 1)
+            seen_by = tap.paged(first, count, r)
+            z_part = ops.attend(part.flatten(2, 3), ks[..., :seen, :], vs[..., :seen, :], hide, scale, seen_by)
+            out[:, :, :, r : r + tile] = z_part.view(part.shape)
         start = rows.stop
     return z
 

@@ -17,27 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
-from minqwen.model.arithmetic import ARITHMETICS, Native
+from minqwen.model.arithmetic import Native
 from minqwen.model.attention import KVCache, dense_attention, paged_attention
 from minqwen.model.batch import Batch
+from minqwen.model.trace import UNTRACED, run_with_cache, run_with_hooks
+from minqwen.model.exact import Exact
 from minqwen.parallel import SINGLE, Mesh, shard
 
-
-class Untraced:
-    """The tap that shows nothing to nobody. lab/trace.py has the other."""
-
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        return x
-
-    def at(self, layer: int) -> Untraced:
-        return self
-
-
-UNTRACED = Untraced()
+ARITHMETICS: dict[str, type[Native]] = {"native": Native, "exact": Exact}
 
 
 class Linear(nn.Module):
     """y = x W^T + b. weight [out, in], bias [out]; the arithmetic decides how."""
+
+    mesh = SINGLE  # the ranks that hold the other columns of this weight's rows
 
     def __init__(self, ops: Native, in_features: int, out_features: int, bias: bool = False, **factory):
         super().__init__()
@@ -237,7 +230,7 @@ class Qwen2(nn.Module):
         """Let the arithmetic make the weights ready. Call it once, when they are in place."""
         for module in self.modules():
             if isinstance(module, Linear):
-                self.ops.prepare(module, self.mesh)
+                self.ops.prepare(module, module.mesh)
         return self
 
     @property
@@ -262,6 +255,9 @@ class Qwen2(nn.Module):
             tables = self.ops.rotary_table(self.config, length, self.dtype)
             self._rotary = tuple(table.to(self.device) for table in tables)
         return tuple(table[batch.positions][:, None] for table in self._rotary)
+
+    run_with_cache = run_with_cache  # (logits, {name: tensor}); model/trace.py
+    run_with_hooks = run_with_hooks
 
     def forward(self, ids: Tensor, batch: Batch | None = None, cache: KVCache | None = None, tap=UNTRACED) -> Tensor:
         """Logits of the next token.

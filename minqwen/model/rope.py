@@ -6,6 +6,7 @@ its bits. YaRN is static: the same frequencies and the same scale at every posit
 from __future__ import annotations
 
 import math
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -13,32 +14,44 @@ from torch import Tensor
 from minqwen.config import ModelConfig, RopeScaling
 
 
-def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+def wavelengths_of(config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """theta^(2i/d): positions per radian of each pair of dimensions. [d/2]"""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(dtype) / config.head_dim
+    return config.rope_theta**exponents
+
+
+def inverse_frequencies(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    wavelengths: Tensor | None = None,
+    log: Callable[[float], float] = math.log,
+) -> tuple[Tensor, float]:
     """Angles per position and the factor on cos and sin.
 
     Returns (inv_freq [d/2] in `dtype`, radians per position; attention factor). Plain RoPE: theta^(-2i/d) and 1.
+    Whoever has better wavelengths [d/2] or logarithms than the C library's can bring them.
     """
     d = config.head_dim
-    exponents = torch.arange(0, d, 2, dtype=torch.int64).to(dtype) / d
-    wavelengths = config.rope_theta**exponents  # over 2 pi; [d/2]
+    if wavelengths is None:
+        wavelengths = wavelengths_of(config, dtype)
     if config.rope_scaling is None:
         return 1.0 / wavelengths, 1.0
     scaling = config.rope_scaling
     extrapolated, interpolated = 1.0 / wavelengths, 1.0 / (scaling.factor * wavelengths)
-    low, high = yarn_range(config)
+    low, high = yarn_range(config, log)
     ramp = torch.clamp((torch.arange(d // 2, dtype=dtype) - low) / (high - low), 0, 1)
     keep = 1 - ramp  # 1: fast dimensions, left alone; 0: slow dimensions, interpolated by the factor
-    return interpolated * (1 - keep) + extrapolated * keep, yarn_attention_factor(scaling)
+    return interpolated * (1 - keep) + extrapolated * keep, yarn_attention_factor(scaling, log)
 
 
-def yarn_range(config: ModelConfig) -> tuple[float, float]:
+def yarn_range(config: ModelConfig, log: Callable[[float], float] = math.log) -> tuple[float, float]:
     """First and last dimension pair of the ramp: those that turn beta_fast and beta_slow times in the original
     context (YaRN, section 3.2)."""
     scaling, d = config.rope_scaling, config.head_dim
 
     def dimension(rotations: float) -> float:
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return d * math.log(turns) / (2 * math.log(config.rope_theta))
+        return d * log(turns) / (2 * log(config.rope_theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
@@ -47,13 +60,13 @@ def yarn_range(config: ModelConfig) -> tuple[float, float]:
     return low, (high + 0.001 if low == high else high)
 
 
-def yarn_attention_factor(scaling: RopeScaling) -> float:
+def yarn_attention_factor(scaling: RopeScaling, log: Callable[[float], float] = math.log) -> float:
     """The factor on cos and sin, and so its square on every score (YaRN, section 3.4)."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
 
     def mscale(weight: float = 1.0) -> float:
-        return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
+        return 1.0 if scaling.factor <= 1 else 0.1 * weight * log(scaling.factor) + 1.0
 
     if scaling.mscale and scaling.mscale_all_dim:
         return float(mscale(scaling.mscale) / mscale(scaling.mscale_all_dim))
