@@ -1,0 +1,446 @@
+"""From logits to tokens, and where a text stops.
+
+Each row of a batch is transformed on its own, in this order:
+
+    repetition_penalty      prompt and generated ids                 (transformers)
+    presence_, frequency_   generated ids only                       (vLLM)
+    logit_bias              added after the penalties, so that a bias is worth what it says
+    bad_words, min_tokens, mask           -inf: last, so that nothing revives what is banned
+    temperature 0           argmax, among equals the lowest id; nothing else follows
+    temperature, top_k, top_p, min_p                                 (transformers)
+    draw                    inverse of the float64 distribution function, in the order of the ids
+
+The draw takes one uniform number that is a function of (seed, sample index, position) alone, so what a
+request gets does not depend on its neighbours, on its place in the batch or on the number of ranks. `warp`
+and `draw` are the definition, a few lines each; `sample` is the same function for a batch, and does not sort
+the vocabulary unless the cut lies that deep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import SamplingError
+from .params import SamplingParams
+
+INF = math.inf
+BLOCK = 128  # entries of the vocabulary whose sum or maximum is taken at once
+
+
+# --------------------------------------------------------------------------------------------- the definition
+
+
+def uniform(seed: int, sample_index: int, position: int) -> float:
+    """The number in [0, 1), a multiple of 2^-53, that draws token `position` of a request's sample.
+
+    Philox4x32-10, a counter-based generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+    2011. Key: the 64-bit seed; counter: position and sample index, 64 bits each.
+    """
+    mask = 0xFFFFFFFF
+    key = [seed & mask, seed >> 32 & mask]
+    c = [position & mask, position >> 32 & mask, sample_index & mask, sample_index >> 32 & mask]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ key[0], b & mask, a >> 32 ^ c[3] ^ key[1], a & mask]
+        key = [key[0] + 0x9E3779B9 & mask, key[1] + 0xBB67AE85 & mask]
+    return ((c[0] >> 5) * 2**26 + (c[1] >> 6)) * 2.0**-53
+
+
+def warp(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Scores [V], float32 or float64, after temperature, top_k, top_p and min_p: -inf for what is dropped.
+
+    As transformers' generation/logits_process.py: what ties with the k-th score stays; top_p drops the least
+    likely tokens as long as their sum is <= 1 - top_p, and keeps one; min_p drops what is less likely than
+    min_p times the likeliest. Where the cut of top_p falls among equals, the lowest ids stay (transformers'
+    sort leaves that open). Sums are float64, rounded to the scores' dtype where they are compared;
+    transformers adds in that dtype, which differs only where a sum is within its rounding of 1 - top_p.
+    """
+    x = scores / torch.tensor(params.temperature, dtype=scores.dtype, device=scores.device)
+    if 0 < params.top_k < len(x):
+        x = x.masked_fill(x < x.topk(params.top_k).values[-1], -INF)
+    if params.top_p < 1:
+        order = x.sort(descending=True, stable=True).indices.flip(0)
+        drop = x[order].double().softmax(-1).cumsum(-1).to(x.dtype) <= 1 - params.top_p
+        drop[-1] = False
+        x[order[drop]] = -INF
+    ratio = (x.double() - x.max()).exp().to(x.dtype)
+    return x.masked_fill(ratio < params.min_p, -INF)
+
+
+def draw(scores: Tensor, u: float) -> int:
+    """The id that u in [0, 1) draws from softmax(scores [V]): the first whose running sum exceeds u."""
+    running = (scores.double() - scores.max()).exp().cumsum(-1).tolist()
+    target = min(u * running[-1], math.nextafter(running[-1], 0))  # u * sum may round up to the sum
+    return next(i for i, total in enumerate(running) if total > target)
+
+
+# -------------------------------------------------------------------------------------------------- one batch
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence as the sampler sees it. Keep it for the sequence's life: it counts ids as they come.
+
+    output_ids is the sequence's own list, only ever appended to. seed is the request's, or, where params.seed
+    is None, one that the engine drew, the same on all ranks. position is the place among the generated tokens
+    of the one to be drawn. mask is None or bool [V], True where a token may come next.
+    """
+
+    params: SamplingParams
+    prompt_ids: Sequence[int]
+    output_ids: list[int]
+    seed: int
+    sample_index: int = 0
+    eos_token_ids: Sequence[int] = ()
+    bad_words: Sequence[Sequence[int]] = ()  # from bad_word_ids()
+    mask: Tensor | None = None
+    position: int | None = None  # None: len(output_ids)
+    _counts: Counter = field(default_factory=Counter, init=False, repr=False)
+    _seen: dict = field(default_factory=dict, init=False, repr=False)
+    _counted: int = field(default=-1, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.greedy = p.temperature == 0
+        self.penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        ends = (*p.stop_token_ids, *(() if p.ignore_eos else self.eos_token_ids))
+        self.ending = ends if p.min_tokens else ()
+
+    @property
+    def plain(self) -> bool:
+        """Greedy, and nothing changes the logits."""
+        return self.greedy and not (self.penalised or self.params.logit_bias or self.ending or self.bad_words
+                                    or self.mask is not None)
+
+    def count(self) -> None:
+        if self._counted < 0:
+            self._seen, self._counted = dict.fromkeys(self.prompt_ids), 0
+        new = self.output_ids[self._counted:]
+        self._counts.update(new)
+        self._seen.update(dict.fromkeys(new))
+        self._counted += len(new)
+
+    def banned(self) -> list[int]:
+        """Ids that would complete a bad word, and those that end the text before min_tokens."""
+        out = list(self.ending) if len(self.output_ids) < self.params.min_tokens else []
+        return out + [last for *head, last in self.bad_words
+                      if not head or self.output_ids[-len(head):] == head]
+
+
+def bad_word_ids(words: Sequence[str], encode: Callable[[str], Sequence[int]]) -> list[tuple[int, ...]]:
+    """Token sequences to ban: each word as it stands and, where that starts otherwise, after a space (vLLM).
+
+    Only these tokenisations are banned: a model may still spell a word with other tokens.
+    """
+    out = {}
+    for word in words:
+        bare, spaced = tuple(encode(word.lstrip())), tuple(encode(" " + word.lstrip()))
+        out[bare] = out[spaced if len(spaced) == len(bare) and spaced[0] != bare[0] else bare] = None
+    return list(out)
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[dict[int, Logprob] | None] | None]:
+    """One token per row. logits [B, V], any float dtype and device, are not changed.
+
+    Returns the ids, and the logprobs: None if no row asks for them, else None for each row that does not. An
+    id is -1 where none can be drawn: the row's logits hold NaN or +inf, or nothing is allowed.
+    """
+    tokens: list[int] = [-1] * len(rows)
+    plain, other = [], []
+    for i, row in enumerate(rows):
+        forced, at = row.params.forced_ids, len(row.output_ids)
+        if forced is not None and at < len(forced):
+            tokens[i] = forced[at]
+        else:
+            (plain if row.plain else other).append(i)
+    if plain:
+        _put(tokens, plain, _greedy(_wide(_take(logits, plain))))
+    if other:
+        x = _wide(_take(logits, other))
+        x = x.clone() if x.data_ptr() == logits.data_ptr() else x.contiguous()
+        x = _transform(x, [rows[i] for i in other])
+        for choose, some in ((_greedy, [j for j, i in enumerate(other) if rows[i].greedy]),
+                             (_random, [j for j, i in enumerate(other) if not rows[i].greedy])):
+            if some:
+                at = [other[j] for j in some]
+                _put(tokens, at, choose(_take(x, some), [rows[i] for i in at]))
+    if all(row.params.logprobs is None for row in rows):
+        return tokens, None
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] >= 0]
+    logprobs: list[dict[int, Logprob] | None] = [None] * len(rows)
+    if asked:
+        nums = [rows[i].params.logprobs for i in asked]
+        _put(logprobs, asked, logprobs_of(_take(logits, asked), [tokens[i] for i in asked], nums))
+    return tokens, logprobs
+
+
+def _put(target: list, at: list[int], values: list) -> None:
+    for i, value in zip(at, values, strict=True):
+        target[i] = value
+
+
+def _take(x: Tensor, at: list[int]) -> Tensor:
+    return x if len(at) == len(x) else x[torch.tensor(at, device=x.device)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32, as transformers samples, or float64 where the model computes in that."""
+    return x.detach() if x.dtype == torch.float64 else x.detach().float()
+
+
+def _greedy(x: Tensor, rows: Any = None) -> list[int]:
+    # On a CPU numpy's argmax takes a twentieth of torch's time. Both find the first of equals, and NaN first.
+    best = torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
+    usable = x.gather(1, best[:, None])[:, 0].isfinite()
+    return torch.where(usable, best, -1).tolist()
+
+
+def _transform(x: Tensor, rows: list[Row]) -> Tensor:
+    """Penalties, bias and bans on x [R, V], in place, touching only the entries concerned."""
+    width, flat = x.shape[1], x.view(-1)
+
+    def entries(parts: list[tuple[int, Any, Any]]) -> tuple[Tensor, Tensor]:
+        """(row, ids, a value or one per id) for some rows -> positions in flat, and values, of them all."""
+        ids = [np.fromiter(some, np.int64, len(some)) for _, some, _ in parts]
+        values = [np.full(len(i), v) if isinstance(v, float) else np.fromiter(v, np.float64, len(i))
+                  for i, (_, _, v) in zip(ids, parts)]
+        if (largest := max(i.max() for i in ids)) >= width:
+            raise SamplingError(f"token id {largest} in a request: expected ids from 0 to {width - 1}")
+        at = np.concatenate([i + r * width for i, (r, _, _) in zip(ids, parts)])
+        return tuple(torch.from_numpy(a).to(x.device, d)
+                     for a, d in ((at, torch.int64), (np.concatenate(values), x.dtype)))
+
+    repeated, subtracted, bias, banned = [], [], [], []
+    for r, row in enumerate(rows):
+        p = row.params
+        if row.penalised:
+            row.count()
+        if p.repetition_penalty != 1 and row._seen:
+            repeated.append((r, row._seen, p.repetition_penalty))
+        if (p.frequency_penalty or p.presence_penalty) and row._counts:
+            subtracted.append((r, row._counts, [p.frequency_penalty * n + p.presence_penalty
+                                                for n in row._counts.values()]))
+        if p.logit_bias:
+            bias.append((r, p.logit_bias, p.logit_bias.values()))
+        if ban := row.banned():
+            banned.append((r, ban, -INF))
+    if repeated:
+        at, penalty = entries(repeated)
+        flat[at] = torch.where(flat[at] < 0, flat[at] * penalty, flat[at] / penalty)
+    for parts, sign in ((subtracted, -1), (bias, 1)):
+        if parts:
+            at, value = entries(parts)
+            flat[at] += sign * value
+    if banned:
+        flat[entries(banned)[0]] = -INF
+    for r, row in enumerate(rows):
+        if row.mask is not None:
+            x[r].masked_fill_(~row.mask.to(x.device), -INF)
+    return x
+
+
+def _random(x: Tensor, rows: list[Row]) -> list[int]:
+    """draw(warp(row), u) for a batch x [R, V]. What is decided from a few numbers is decided on the CPU."""
+    if x.shape[1] % BLOCK:
+        x = pad(x, (0, -x.shape[1] % BLOCK), value=-INF)
+    t = torch.tensor([[row.params.temperature] for row in rows], dtype=x.dtype)
+    u = torch.tensor([[uniform(row.seed, row.sample_index, len(row.output_ids) if row.position is None
+                               else row.position)] for row in rows], dtype=torch.float64)
+    top = x.amax(-1, keepdim=True).cpu()
+    usable = top[:, 0].isfinite().tolist()
+    cuts = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in (row.params for row in rows)]
+    whole = [i for i in range(len(rows)) if usable[i] and not cuts[i]]
+    some = [i for i in range(len(rows)) if usable[i] and cuts[i]]
+    ids = [-1] * len(rows)
+    if whole:
+        _put(ids, whole, _from_whole(_take(x, whole), t[whole], top[whole], u[whole]))
+    if some:
+        params = [rows[i].params for i in some]
+        size = max(64, *(2 * p.top_k + 32 for p in params))
+        _put(ids, some, _from_largest(_take(x, some), t[some], top[some], u[some], params, size))
+    return ids
+
+
+def _pick(w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """First index [R, 1] where the running sum of w [R, N] exceeds target [R, 1]; target less what is before.
+
+    On the CPU the running sum is taken one by one: it never falls, and it grows at weights above 0 only, so
+    the index found never has weight 0. Entries of weight 0 more or less change nothing, not even a rounding.
+    """
+    running = w.cumsum(-1)
+    target = torch.minimum(target, torch.nextafter(running[:, -1:], torch.zeros_like(target)))
+    i = torch.searchsorted(running, target, right=True)
+    return i, target - pad(running, (1, 0)).gather(1, i)
+
+
+def _block_sums(x: Tensor, t: Tensor, top: Tensor) -> Tensor:
+    """Sums by block of exp(x/t - top/t), float64: x [R, V]; t, top [R, 1] -> [R, V / BLOCK] on the CPU."""
+    step = 1 if x.device.type == "cpu" else 32  # one row of float64 stays in a CPU's cache
+    y = torch.empty_like(x[:step])
+    z = torch.empty_like(y, dtype=torch.float64)
+    sums = []
+    for some, s, limit in zip(x.split(step), t.to(x.device).split(step), (top / t).to(x.device).split(step)):
+        y, z = y[: len(some)], z[: len(some)]
+        z.copy_(torch.div(some, s, out=y)).sub_(limit).exp_()
+        sums.append(z.view(len(z), -1, BLOCK).sum(-1).cpu())
+    return torch.cat(sums)
+
+
+def _from_whole(x: Tensor, t: Tensor, top: Tensor, u: Tensor) -> list[int]:
+    """No cut: the block first, then the token in it. x [R, V]; t, top (rows' maxima), u [R, 1] on the CPU."""
+    sums = _block_sums(x, t, top)
+    block, rest = _pick(sums, u * sums.cumsum(-1)[:, -1:])
+    at = block * BLOCK + torch.arange(BLOCK)
+    w = ((x.gather(1, at.to(x.device)).cpu() / t).double() - top / t).exp()
+    return at.gather(1, _pick(w, rest)[0])[:, 0].tolist()
+
+
+def _largest(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The m largest entries of each row of x [R, V], in any order, on the CPU: values and ids [R, m].
+
+    They lie in the m blocks with the largest maxima: a tenth of the time of x.topk(m).
+    """
+    if m == x.shape[1]:
+        return x.cpu(), torch.arange(m).expand(len(x), -1)
+    blocks = x.view(len(x), -1, BLOCK)
+    maxima = blocks.amax(-1)
+    best = maxima.topk(min(m, maxima.shape[1])).indices
+    values, at = blocks.gather(1, best[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(m)
+    return values.cpu(), (best.gather(1, at // BLOCK) * BLOCK + at % BLOCK).cpu()
+
+
+def _from_largest(x: Tensor, t: Tensor, top: Tensor, u: Tensor, params: list[SamplingParams], m: int
+                  ) -> list[int]:
+    """A cut: look at the m largest entries, and, in rows whose cut is not among them, at more.
+
+    x [R, V] before temperature; t, top, u [R, 1] on the CPU. m decides nothing but whether it was enough.
+    """
+    width = x.shape[1]
+    m = min(m, width)
+    k = torch.tensor([[p.top_k if 0 < p.top_k < width else width] for p in params])
+    cut = torch.tensor([[1 - p.top_p] for p in params], dtype=x.dtype)
+    min_p = torch.tensor([[p.min_p] for p in params], dtype=x.dtype)
+    values, ids = _largest(x, m)
+    values = values / t  # keeps the order, but may make equals of neighbours
+    last = values.amin(-1, keepdim=True)  # every entry above this one is here
+    ids, order = ids.sort()
+    values, order = values.gather(1, order).sort(descending=True, stable=True)  # equals by rising id
+    kth = torch.where(k <= m, values.gather(1, (k - 1).clamp(max=m - 1)), -INF)
+    w = (values.double() - values[:, :1].double()).exp() * (values >= kth)
+    running = w.cumsum(-1)
+    total = running[:, -1:].clone()
+    if whole := [i for i, p in enumerate(params) if p.top_p < 1 and k[i] == width]:
+        total[whole] = _block_sums(_take(x, whole), t[whole], top[whole]).cumsum(-1)[:, -1:]
+    rest = (total - (running - w)) / total  # the probability of a token and all that are less likely
+    keep = (w > 0) & ((rest.to(x.dtype) > cut) | (cut == 0)) & (w.to(x.dtype) >= min_p)
+    keep[:, 0] = True
+    lowest = values.masked_fill(~keep, INF).amin(-1, keepdim=True)
+    enough = ((lowest > last) & ((kth > last) | (k == width))).tolist()
+
+    w = torch.zeros_like(w).scatter(1, order, w * keep)  # back in the order of ids
+    out = ids.gather(1, _pick(w, u * w.cumsum(-1)[:, -1:])[0])[:, 0].tolist()
+    if m < width and (more := [i for i, (ok,) in enumerate(enough) if not ok]):
+        params = [params[i] for i in more]
+        _put(out, more, _from_largest(_take(x, more), t[more], top[more], u[more], params, 16 * m))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- logprobs
+
+
+@dataclass
+class Logprob:
+    """Natural logarithm of a token's probability; rank: 1 + the number of likelier tokens (vLLM's shape)."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+def logprobs_of(logits: Tensor, ids: Sequence[int], num: int | Sequence[int]) -> list[dict[int, Logprob]]:
+    """The model's logprobs, before any sampling transform: logits [T, V], ids [T] -> T dicts of id: Logprob.
+
+    Each holds the row's id first, then the `num` likeliest (-1: all; equals in the order of their ids).
+    float32 log_softmax; float64 for float64 logits. One row's values do not depend on the other rows.
+    """
+    out: list[dict[int, Logprob]] = []
+    nums = [num] * len(ids) if isinstance(num, int) else list(num)
+    step = 16 if logits.device.type == "cpu" else 256
+    for start in range(0, len(ids), step):
+        some = slice(start, start + step)
+        lp = _wide(logits[some]).log_softmax(-1)
+        chosen = lp.gather(1, torch.as_tensor(ids[some], device=lp.device)[:, None])
+        above = _count_above(lp, chosen)
+        counts = [lp.shape[1] if n < 0 else min(n, lp.shape[1]) for n in nums[some]]
+        best = _best(lp, max(counts)) if max(counts) else [([], [])] * len(lp)
+        for i, own, larger, n, (values, tops) in zip(ids[some], chosen[:, 0].tolist(), above, counts, best):
+            row, rank = {int(i): Logprob(own, 1 + larger)}, 1
+            for j in range(n):
+                rank = rank if j and values[j] == values[j - 1] else j + 1
+                row.setdefault(tops[j], Logprob(values[j], rank))
+            out.append(row)
+    return out
+
+
+def _count_above(x: Tensor, limit: Tensor) -> list[int]:
+    if x.device.type == "cpu":  # a sixth of the time of torch's sum of booleans
+        return [np.count_nonzero(row > c) for row, c in zip(x.numpy(), limit.numpy())]
+    return (x > limit).sum(-1).tolist()
+
+
+def _best(x: Tensor, n: int) -> list[tuple[list[float], list[int]]]:
+    """The n largest of each row, falling, equals by rising id."""
+    x = pad(x, (0, -x.shape[1] % BLOCK), value=-INF) if x.shape[1] % BLOCK else x
+    m = n
+    while True:  # until all that ties with the n-th is among the m largest
+        m = min(2 * m + 16, x.shape[1])
+        values, ids = _largest(x, m)
+        if m == x.shape[1] or (values.amin(-1) < values.topk(n).values[:, -1]).all():
+            break
+    ids, order = ids.sort()
+    values, order = values.gather(1, order).sort(descending=True, stable=True)
+    return list(zip(values[:, :n].tolist(), ids.gather(1, order)[:, :n].tolist()))
+
+
+# ----------------------------------------------------------------------------------------------- stop strings
+
+
+class StopChecker:
+    """Finds stop strings in a text that comes in pieces, and holds back what may be the beginning of one.
+
+    The text stops at the first character at which any stop string is complete (the longest, where two are):
+    wherever the pieces were cut, and before anything that a reader was shown would have to be taken back.
+    """
+
+    def __init__(self, params: SamplingParams):
+        self.stop = sorted(params.stop, key=len, reverse=True)
+        self.include = params.include_stop_str_in_output
+        self.held = ""
+
+    def push(self, text: str, final: bool = False, search: bool = True) -> tuple[str, str | None]:
+        """The text that can be shown now, and the stop string if it was found (then nothing more may follow).
+
+        final: no more text will come. search=False: this piece can neither hold nor begin one (min_tokens).
+        """
+        text, self.held = self.held + text, ""
+        if not search or not self.stop:
+            return text, None
+        found = [(at + len(s), -len(s), s) for s in self.stop if (at := text.find(s)) >= 0]
+        if found:
+            end, _, s = min(found)
+            return text[:end if self.include else end - len(s)], s
+        if not final:
+            for n in range(min(len(text), len(self.stop[0]) - 1), 0, -1):
+                if any(s.startswith(text[-n:]) for s in self.stop):
+                    self.held = text[-n:]
+                    return text[:-n], None
+        return text, None
