@@ -59,10 +59,15 @@ class StructuredOutputs:
                     raise SamplingError(f"structured_outputs.json is not JSON: {error}") from None
             if not isinstance(value, dict):
                 raise SamplingError(f"structured_outputs.json is {value!r}: expected a schema (an object)")
+            try:  # a lone surrogate is no text, NaN no JSON
+                json_library.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise SamplingError(f"structured_outputs.json is not JSON: {error}") from None
             _check_schema(value, "structured_outputs.json")
             object.__setattr__(self, "json", value)
         elif name == "choice":
-            if isinstance(value, str) or not all(isinstance(c, str) and c for c in value) or not value:
+            strings = isinstance(value, (list, tuple)) and all(isinstance(c, str) and c for c in value)
+            if not strings or not value:
                 raise SamplingError(f"structured_outputs.choice is {value!r}: expected non-empty strings")
             object.__setattr__(self, "choice", tuple(value))
         elif not isinstance(value, bool if name == "json_object" else str) or not value:
@@ -79,13 +84,9 @@ def _check_schema(schema: Any, at: str) -> None:
     for word in schema:
         if word not in KEYWORDS:
             raise SamplingError(f"{at}: keyword {word!r} is not supported: leave it out")
-    try:  # control characters have no spelling but \uXXXX, and a lone surrogate is no text
-        names = [schema.get("const"), schema.get("enum"), list(schema.get("properties", ()))]
-        spelled = json_library.dumps(names, ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:
-        raise SamplingError(f"{at}: not JSON: {error}") from None
-    if re.search(rb"(?<!\\)(\\\\)*\\u", spelled):
-        raise SamplingError(f"{at}: const, enum or properties hold a control character: not supported")
+    values = json_library.dumps([schema.get("const"), schema.get("enum")], ensure_ascii=False)
+    if re.search(r"(?<!\\)(\\\\)*\\u|\x7f", values):  # no spelling but \uXXXX
+        raise SamplingError(f"{at}: const or enum holds a control character: not supported")
     for word in ("exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
         value = schema.get(word, 1)
         if isinstance(value, bool) or (word == "multipleOf" and not isinstance(value, int)):
@@ -122,7 +123,7 @@ class ConstraintCompiler:
             raise SamplingError('structured_outputs needs llguidance: pip install "minqwen[json]"') from None
         self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
         if not self.eos_token_ids:
-            raise SamplingError("structured_outputs needs an end-of-text token: set eos_token_id in config.json")
+            raise SamplingError("structured_outputs needs an end token: set eos_token_id in config.json")
 
         class Vocabulary:
             eos_token_id, bos_token_id = self.eos_token_ids[0], None
@@ -174,7 +175,7 @@ class Constraint:
     def mask(self) -> Tensor:
         """bool [V] on the CPU, True where a token may come next."""
         out = np.zeros(self.vocab_size, bool)
-        if not self.matcher.is_stopped():
+        if not self.ended and not self.matcher.is_stopped():
             self.matcher.unsafe_compute_mask_ptr(self.bits.ctypes.data, self.bits.nbytes)
             bits = np.unpackbits(self.bits.view(np.uint8), count=self.num_tokens, bitorder="little")
             out[: self.num_tokens] = bits.view(bool)
