@@ -46,15 +46,13 @@ def load_pretrained(
     checkpoint.check()
     if check_finite:
         checkpoint.check_finite()
-    names = config.parameter_shapes()
-    bar = tqdm(total=len(names), desc="loading", unit="tensor", disable=None if progress and mesh.rank == 0 else True, leave=False)
+    dtype, device = resolve_dtype(dtype, config), device or mesh.device
+    bar = tqdm(total=len(checkpoint.names), desc="loading", unit="tensor", leave=False,
+               disable=None if progress and mesh.rank == 0 else True)
 
     def read(name, mine):
         bar.update()
-        return checkpoint.read(name, mine)
+        return checkpoint.read(name, mine, dtype, device)
 
     with bar:
-        return Qwen2.from_tensors(
-            config, read, dtype=resolve_dtype(dtype, config), device=device or mesh.device, mesh=mesh,
-            arithmetic=arithmetic,
-        )
+        return Qwen2.from_tensors(config, read, dtype=dtype, device=device, mesh=mesh, arithmetic=arithmetic)

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -37,14 +37,15 @@ _NOT_COPIED = re.compile(r"config\.json|quantize_config\.json|adapter_config\.js
 
 def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]],
                      max_shard_bytes: int = MAX_SHARD_BYTES, sources: str | os.PathLike | None = None,
-                     extra_files: Mapping[str, bytes | str] | None = None,
-                     dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+                     extra_files: Mapping[str, bytes | str | Callable[[], bytes | str]] | None = None,
+                     dtypes: Mapping[str, torch.dtype] | None = None, omit: Iterable[str] = ()) -> None:
     """Writes config.json, the weight files, their index if there are several, and companion files.
 
     tensors      (name, tensor) pairs in any order, each of config.parameter_shapes() once and nothing else,
                  in config.dtype, or in dtypes[name] where that is given (a checkpoint of mixed precision)
     sources      a directory whose tokenizer, generation_config and licence files are copied
-    extra_files  {plain file name: content}, after and over those
+    extra_files  {plain file name: content}, over those; a function is asked when all tensors have come
+    omit         names of files in sources that are not copied
     A dst that exists is replaced only if it is a checkpoint and nothing else. Raises CheckpointError, for
     a tensor that does not fit, a dst that must not be replaced or a full disk; dst is then as it was.
     """
@@ -67,11 +68,12 @@ def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Itera
         lock = os.open(tmp, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)  # held exactly as long as this process lives: see _remove_stale
         if sources is not None:
-            _copy_companions(Path(sources), tmp)
-        for name, content in (extra_files or {}).items():
-            (tmp / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            _copy_companions(Path(sources), tmp, set(omit))
         config.save(tmp)
         _write_weights(tmp, plan, tensors)
+        for name, content in (extra_files or {}).items():
+            content = content() if callable(content) else content
+            (tmp / name).write_bytes(content.encode() if isinstance(content, str) else content)
         Checkpoint(tmp).check()  # read back before anything is replaced
         for path in (*tmp.iterdir(), tmp):
             _flush(path)
@@ -162,11 +164,11 @@ def _refuse_foreign(dst: Path) -> None:
                        "not replaced: choose another directory or move that away")
 
 
-def _copy_companions(source: Path, tmp: Path) -> None:
+def _copy_companions(source: Path, tmp: Path, omit: set[str]) -> None:
     if not source.is_dir():
         raise _bad(source, "is not a directory, expected the one with the tokenizer's files")
     for p in sorted(source.iterdir()):
-        if p.suffix in _COMPANIONS and not p.is_dir() and not _NOT_COPIED.fullmatch(p.name):
+        if p.suffix in _COMPANIONS and p.name not in omit and not p.is_dir() and not _NOT_COPIED.fullmatch(p.name):
             require_regular(p)
             shutil.copyfile(p, tmp / p.name)
 

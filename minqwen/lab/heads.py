@@ -16,13 +16,19 @@ everything here that moves weights reads one. See docs/head-extension.md for wha
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from minqwen.checkpoint import Checkpoint, write_checkpoint
 from minqwen.config import ModelConfig
 from minqwen.errors import MinqwenError
+from minqwen.parallel import valid_degrees
 
 RECIPES = {
     "ghost": "new slots hold a copied q of their group; their o columns are zero",
@@ -261,3 +267,233 @@ def _random_rows(name: str, source: Tensor, rows: Tensor, to: Layout) -> Tensor:
             noise = torch.randn(blocks[j].shape, generator=generator) * spread
             blocks[j] = noise.to(source.dtype)
     return blocks.flatten(0, 1)
+
+
+# ---- whole checkpoints ---------------------------------------------------------------------------------------
+
+MANIFEST = "minqwen_heads.json"
+
+
+def extended_config(config: ModelConfig, to: Layout, arch: str = "qwen2") -> ModelConfig:
+    """The target's config: the new counts, head_dim written out. arch "llama" is the same function under the name
+    LlamaForCausalLM with attention_bias, for engines whose Qwen2 class ignores head_dim."""
+    if arch not in ("qwen2", "llama"):
+        raise HeadsError(f"arch is {arch!r}, expected qwen2 or llama")
+    return config.replace(
+        num_attention_heads=len(to.heads), num_key_value_heads=len(to.kv), head_dim=to.head_dim,
+        intermediate_size=len(to.intermediate) or config.intermediate_size, model_type=arch,
+    )
+
+
+def extend(src: str | Path, dst: str | Path, to: Layout, *, arch: str = "qwen2", max_shard_bytes: int = 4 * 10**9,
+           progress: bool = False) -> None:
+    """Write the checkpoint `src` in the layout `to`, one tensor in memory at a time, atomically.
+
+    dst gets sharded safetensors, a config with explicit head_dim, the tokenizer's files and minqwen_heads.json:
+    the layout, and a SHA-256 of every source tensor, from which `shrink` restores the source. Raises HeadsError
+    or CheckpointError; dst is then as it was.
+    """
+    to.check()
+    source = Checkpoint(src)
+    source.check()
+    if (Path(src) / MANIFEST).exists():
+        raise HeadsError(f"{src}: has been extended already ({MANIFEST}): shrink it first, or extend its source")
+    config = extended_config(source.config, to, arch)
+    digests: dict[str, str] = {}
+    bar = tqdm(total=len(source.names), desc="extending", unit="tensor", leave=False,
+               disable=None if progress else True)
+
+    def tensors():
+        for name in config.parameter_shapes():
+            if name.endswith("o_proj.bias"):  # only the llama layout has it
+                yield name, torch.zeros(config.hidden_size, dtype=source.dtype(name.replace(".bias", ".weight")))
+                continue
+            tensor = source.read(name)
+            digests[name] = sha256(tensor)
+            yield name, extend_tensor(name, tensor, to)
+            bar.update()
+
+    def manifest() -> str:  # written last, when the digests are known
+        return json.dumps({"format": 1, "layout": to.to_dict(), "arch": arch, "source_config": source.config.to_dict(),
+                           "source_sha256": digests}, indent=1) + "\n"
+
+    with bar:
+        dtypes = {name: source.dtype(name) for name in source.names}
+        write_checkpoint(dst, config, tensors(), max_shard_bytes=max_shard_bytes, sources=src,
+                         extra_files={MANIFEST: manifest}, dtypes=dtypes)
+
+
+def read_manifest(path: str | Path) -> dict | None:
+    """What `extend` wrote beside the weights, or None if the checkpoint is nobody's extension."""
+    file = Path(path) / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+        manifest["layout"] = Layout.from_dict(manifest["layout"])
+        return manifest
+    except (ValueError, KeyError, TypeError) as e:
+        raise HeadsError(f"{file}: is not a manifest of tools/heads.py ({e})") from None
+
+
+def shrink(src: str | Path, dst: str | Path, *, tolerance: float = 0.0, max_shard_bytes: int = 4 * 10**9,
+           progress: bool = False) -> None:
+    """Undo `extend`: write the source's checkpoint again, byte for byte.
+
+    Refuses, naming the tensor and the residual of each slot, if the weights are no longer what `extend` would
+    write (they were trained on, say); `tolerance` is the largest residual that is let pass.
+    """
+    manifest = read_manifest(src)
+    if manifest is None:
+        raise HeadsError(f"{src}: has no {MANIFEST}, so what was added cannot be told from the rest")
+    to, target = manifest["layout"], Checkpoint(src)
+    target.check()
+    config = ModelConfig.from_dict(manifest["source_config"], source=f"{src}/{MANIFEST}")
+    bar = tqdm(total=len(target.names), desc="shrinking", unit="tensor", leave=False, disable=None if progress else True)
+
+    def tensors():
+        for name in config.parameter_shapes():
+            tensor, residuals = shrink_tensor(name, target.read(name), to)
+            drift = {slot: r for slot, r in residuals.items() if not r <= tolerance}  # a NaN is drift too
+            if drift:
+                slots = ", ".join(f"{slot}: {r:.3g}" for slot, r in list(drift.items())[:8])
+                raise HeadsError(f"{src}: {name} has drifted from its layout in {len(drift)} slots (largest difference "
+                                 f"per slot: {slots}): it is no longer an extension of its source")
+            yield name, tensor
+            bar.update()
+
+    with bar:
+        dtypes = {name: target.dtype(name) for name in config.parameter_shapes()}
+        write_checkpoint(dst, config, tensors(), max_shard_bytes=max_shard_bytes, sources=src, dtypes=dtypes,
+                         omit={MANIFEST})
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of a tensor's bytes, little-endian, row by row."""
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+# ---- what to do, and what it costs ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layout adds. parameters: how many more; kv_bytes: per token, all ranks together, at 2 bytes an
+    element; attention_macs: multiply-adds of a token's attention (projections, scores, values) per context,
+    relative to the source's."""
+
+    parameters: int
+    kv_bytes: int
+    attention_macs: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    layout: Layout
+    config: ModelConfig
+    cost: Cost
+    degrees: list[int]
+    notes: list[str]
+
+
+def attention_macs(config: ModelConfig, context: int) -> int:
+    """Multiply-adds of one token in one layer's attention: q and o, k and v, scores and weighted values."""
+    q, kv = config.q_size, config.kv_size
+    return 2 * config.hidden_size * (q + kv) + 2 * q * context
+
+
+def cost(config: ModelConfig, target: ModelConfig, contexts: tuple[int, ...] = (1024, 8192, 32768, 131072)) -> Cost:
+    return Cost(
+        target.num_parameters() - config.num_parameters(),
+        target.kv_bytes_per_token("bfloat16"),
+        {n: attention_macs(target, n) / attention_macs(config, n) for n in contexts},
+    )
+
+
+def plan(
+    config: ModelConfig,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    tensor_parallel_size: int | None = None,
+    quant_group: int | None = None,
+    recipe: str = "ghost",
+) -> list[Plan]:
+    """How to run this model with these counts, or at this degree: the cheapest first, then alternatives.
+
+    With `tensor_parallel_size` alone, the fewest query heads (and the least padding of the MLP) that the degree
+    can split, KV heads as they are or replicated in the checkpoint. quant_group: the quantisation group size,
+    whose boundaries a rank's slices must not cut. Raises HeadsError when nothing can work.
+    """
+    H, K, size = config.num_attention_heads, config.num_key_value_heads, tensor_parallel_size or 1
+    if size < 1:
+        raise HeadsError(f"tensor_parallel_size is {size}, expected at least 1")
+    if quant_group is not None and config.head_dim % quant_group:
+        raise HeadsError(f"head_dim {config.head_dim} is not a multiple of the quantisation group {quant_group}: a group "
+                         "would span two heads, so heads cannot be moved without quantising again")
+    kv_counts = [num_key_value_heads] if num_key_value_heads else sorted({K, K * size // math.gcd(K, size), H})
+    unit = size * (quant_group or 1)
+    width = -(-config.intermediate_size // unit) * unit
+    plans, refusal = [], None
+    for K2 in kv_counts:
+        if K2 < K or (K2 % size and size % K2):
+            continue
+        step = math.lcm(K2, size)
+        H2, to = num_attention_heads or -(-max(H, K2) // step) * step, None
+        while to is None and H2 <= max(64 * H, num_attention_heads or 0):
+            try:
+                pad = width if width != config.intermediate_size else None
+                to = layout(config, H2, K2, recipe=recipe, intermediate_size=pad)
+            except HeadsError as error:
+                refusal = error
+                if num_attention_heads:
+                    break
+                H2 += step
+        if to is None:
+            continue
+        target = extended_config(config, to)
+        degrees = valid_degrees(target, 64)
+        if size not in degrees:
+            continue
+        plans.append(Plan(to, target, cost(config, target), degrees, _notes(config, target, size)))
+    if not plans and refusal is not None:
+        raise refusal
+    if not plans:
+        raise HeadsError(f"nothing of these counts runs at degree {size}: {H} query and {K} key/value heads asked for as "
+                         f"{num_attention_heads or 'any'} and {num_key_value_heads or 'any'}")
+    return sorted(plans, key=lambda p: (p.cost.parameters, p.cost.kv_bytes))
+
+
+def _notes(config: ModelConfig, target: ModelConfig, size: int) -> list[str]:
+    notes = []
+    if target.num_attention_heads != config.num_attention_heads:
+        notes.append("more heads make nothing faster by themselves: they only let the work be split further")
+    if size > target.num_key_value_heads:
+        notes.append(f"at degree {size} each KV head is held by {size // target.num_key_value_heads} ranks: "
+                     "the cache per rank does not shrink further")
+    if target.num_key_value_heads > config.num_key_value_heads:
+        notes.append(f"KV heads are stored {target.num_key_value_heads // config.num_key_value_heads} times: "
+                     "that much more cache in all")
+    if target.intermediate_size != config.intermediate_size:
+        notes.append(f"the MLP is padded from {config.intermediate_size} to {target.intermediate_size} channels")
+    if target.hidden_size // target.num_attention_heads != target.head_dim:
+        notes.append(f"engines that derive head_dim (vLLM's Qwen2) would read "
+                     f"{target.hidden_size // target.num_attention_heads} instead of {target.head_dim}, load without "
+                     "error and drop rows: give them --arch llama")
+    return notes
+
+
+def explain(to: Layout) -> str:
+    """The slot map as text: a line per KV slot, the query heads that read it, and what the new ones hold."""
+    lines = [f"{to.source_heads} query and {to.source_kv_heads} KV heads of {to.head_dim} -> "
+             f"{len(to.heads)} and {len(to.kv)}; slot j reads KV slot j // {to.group_size}; recipe {to.recipe}"]
+    for s, source in enumerate(to.kv):
+        cells = []
+        for j in range(s * to.group_size, (s + 1) * to.group_size):
+            head, share = to.heads[j], to.shares[j]
+            name = "." if head is None else str(head)
+            cells.append(f"[{name}]" if share == 0 else name if share == 1 else f"{name}*{share:g}")
+        lines.append(f"  KV {s:2} = {'dead' if source is None else f'head {source}':8} q " + " ".join(f"{c:>5}" for c in cells))
+    lines.append("  [h]: copied q rows, nothing in o_proj; [.]: zero or random q rows; h*x: x of head h's o columns")
+    if to.intermediate:
+        lines.append(f"  MLP: {to.source_intermediate} channels in {len(to.intermediate)}, zeros between")
+    return "\n".join(lines)
