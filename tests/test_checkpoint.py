@@ -90,7 +90,7 @@ def test_round_trip(tmp_path, dtype, limit, tied):
 
 
 def test_files_are_plain_safetensors_in_any_order_and_mixed_precision(tmp_path):
-    config = tiny(num_hidden_layers=3)
+    config = tiny(num_hidden_layers=3, hidden_size=25)  # odd: bf16 would misalign its neighbours
     tensors = {n: t.float() if "norm" in n else t.double() if n == Q0 else t
                for n, t in weights(config).items()}
     shuffled = random.Random(1).sample(list(tensors.items()), len(tensors))
@@ -233,7 +233,7 @@ def test_a_rank_holds_its_slices_and_little_more(big):
     assert done.returncode == 0, done.stderr[-2000:]
     for got in map(json.loads, done.stdout.splitlines()):
         assert got["held"] > 195e6 and got["mapped"] == 0, got
-        assert 0.9 < got["ratio"] <= 1.15 and got["scan"] <= 1.2, got
+        assert 0.9 < got["ratio"] <= 1.15 and got["scan"] <= 1.25, got
 
 
 # ---- everything else is refused
@@ -307,7 +307,7 @@ SINGLE_FAULTS = {
     "misshapen": (put(q0=lambda q: q[:-1]), [Q0, "(31, 24)", "(32, 24)"]),
     "transposed": (put(q0=lambda q: q.T), [Q0, "(24, 32)", "(32, 24)"]),
     "flat": (put(q0=lambda q: q.flatten()), [Q0, "(768,)", "(32, 24)"]),
-    "scalar": (put(q0=torch.tensor(1.0)), [Q0, "shape ()"]),
+    "scalar": (put(q0=torch.tensor(1.0)), [Q0, "shape ()", "vector or matrix"]),
     "integers": (put(q0=lambda q: q.int()), [Q0, "I32", "BF16"]),
     "float8": (put(q0=lambda q: q.to(torch.float8_e4m3fn)), [Q0, "F8_E4M3", "BF16"]),
     "both prefixes": (put(**{Q0[6:]: lambda q: q}), [Q0, "is also", "once"]),
@@ -742,6 +742,13 @@ def test_tool_writes_any_shape(tmp_path, capsys):
     refusal(lambda: main(["--size", "7B", *SMALL, str(tmp_path / "a")]), "exists", "--overwrite")
     refusal(lambda: main(["--size", "7B", "--num-attention-heads", "27", str(tmp_path / "d")]),
             "num_attention_heads")
+
+
+def test_tool_rows_stay_distinct_when_the_block_repeats(monkeypatch):
+    assert all(make_checkpoint.BLOCK % k for k in range(2, 4097))  # prime: 4096 is its root
+    monkeypatch.setattr(make_checkpoint, "BLOCK", 101)
+    embedding = dict(make_checkpoint.random_tensors(tiny(dtype="float32"), 0))[reader.EMBEDDING]
+    assert embedding.numel() > 14 * 101 and len(embedding.unique(dim=0)) == len(embedding) == 61
 
 
 def test_tool_command_line(tmp_path, capsys):
