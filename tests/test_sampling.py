@@ -393,6 +393,15 @@ def test_pick_is_the_first_above_and_never_a_zero(weights, n):
     assert sums[i + 1] > target or sums[i + 1] == sums[-1]
 
 
+def test_equals_that_outnumber_the_candidates_all_count():
+    """500 tie with the tenth: top_k keeps them all, and top_p must know their sum before it cuts."""
+    x = torch.zeros(40, 2000)
+    x[:, 100:600], x[:, 700:705] = 1.0, 2.0
+    for fields in (dict(top_k=10), dict(top_k=10, top_p=0.5), dict(top_k=10, top_p=0.02), dict(top_p=1e-9)):
+        rows = [Row(SamplingParams(**fields), [], [], seed) for seed in range(40)]
+        assert sample(x, rows)[0] == [by_hand(a, row) for a, row in zip(x, rows)]
+
+
 def test_ten_thousand_near_equal_tokens_need_every_candidate():
     """top_p far beyond the first candidates: the search widens until the cut is among them."""
     rng = np.random.default_rng(8)
