@@ -196,6 +196,9 @@ def test_yarn_as_transformers_reads_it(block, max_positions, layout, tmp_path):
     assert not_here not in written
     for key, value in block.items():
         assert written[here][key] == value
+    if config.rope_scaling:  # only what another reader could miss is added
+        added = {"rope_type", "rope_theta", "original_max_position_embeddings"}
+        assert set(written[here]) <= set(block) | added
     again = load_with_transformers(config, tmp_path / "again")
     assert_same_as_transformers(config, again)
     assert ModelConfig.from_json(tmp_path / "again") == config
@@ -294,6 +297,7 @@ def test_by_hand():
     assert config.max_position_embeddings == config.context_length == 32768 and config.rope_scaling is None
     assert ModelConfig(**TINY, dtype=torch.float16).dtype == "float16"
     assert ModelConfig.from_dict(Qwen2Config(**TINY).to_dict()).dtype == "float32"  # transformers' null
+    assert config.replace(eos_token_id=[5, 3, 5]).eos_token_id == (5, 3)
     with pytest.raises(AttributeError):
         config.vocab_size = 1
     with pytest.raises(ConfigError, match="head_size"):
@@ -473,7 +477,8 @@ VALUES = st.recursive(
                                        *YARN]) | st.text(max_size=5), inner, max_size=4), max_leaves=6)
 KEYS = st.sampled_from([*B7, "head_dim", "rope_scaling", "rope_parameters", "dtype", "layer_types",
                         "pad_token_id", "quantization_config", "attention_bias", "mlp_bias",
-                        "dual_chunk_attention_config", "original_max_position_embeddings", "partial_rotary_factor"])
+                        "dual_chunk_attention_config", "original_max_position_embeddings",
+                        "partial_rotary_factor"])
 
 
 @settings(max_examples=600, deadline=None, derandomize=True)
