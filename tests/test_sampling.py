@@ -402,6 +402,17 @@ def test_equals_that_outnumber_the_candidates_all_count():
         assert sample(x, rows)[0] == [by_hand(a, row) for a, row in zip(x, rows)]
 
 
+def test_a_mask_that_leaves_few_tokens_needs_one_look(monkeypatch):
+    looks, largest = [], sampling._largest
+    monkeypatch.setattr(sampling, "_largest", lambda x, m: looks.append(m) or largest(x, m))
+    x, mask = torch.randn(1, 5000), torch.zeros(5000, dtype=torch.bool)
+    mask[[3, 4999]] = True
+    for fields in (dict(top_k=20), dict(top_k=20, top_p=0.9), dict(top_p=0.9), dict(min_p=0.1)):
+        row = Row(SamplingParams(**fields), [], [], 1, mask=mask)
+        assert sample(x, [row])[0] == [by_hand(x[0], row)]
+    assert len(looks) == 4
+
+
 def test_ten_thousand_near_equal_tokens_need_every_candidate():
     """top_p far beyond the first candidates: the search widens until the cut is among them."""
     rng = np.random.default_rng(8)

@@ -122,7 +122,8 @@ class SamplingParams:
             put("max_tokens", len(self.forced_ids))
             put("ignore_eos", True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise SamplingError(f"min_tokens is {self.min_tokens}: more than max_tokens {self.max_tokens}")
+            raise SamplingError(f"min_tokens is {self.min_tokens}: "
+                                f"expected at most max_tokens, {self.max_tokens}")
         for one, others in {"forced_ids": ("stop", "stop_token_ids", "structured_outputs"),
                             "structured_outputs": ("min_tokens", "bad_words", "stop")}.items():
             for other in others:

@@ -344,7 +344,7 @@ def _from_largest(x: Tensor, t: Tensor, top: Tensor, u: Tensor, params: list[Sam
     keep = (w > 0) & ((rest.to(x.dtype) > cut) | (cut == 0)) & (w.to(x.dtype) >= min_p)
     keep[:, 0] = True
     lowest = values.masked_fill(~keep, INF).amin(-1, keepdim=True)
-    enough = ((lowest > last) & ((kth > last) | (k == width))).tolist()
+    enough = ((lowest > last) & ((kth > last) | (k == width)) | (last == -INF)).tolist()  # -inf: all is here
 
     w = torch.zeros_like(w).scatter(1, order, w * keep)  # back in the order of ids
     out = ids.gather(1, _pick(w, u * w.cumsum(-1)[:, -1:])[0])[:, 0].tolist()
