@@ -1,7 +1,9 @@
 """The engine against the naive loop, and the allocator and scheduler against their own rules."""
 from __future__ import annotations
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from minqwen import LLM, SamplingParams
 from minqwen.engine.kv_cache import BlockPool
 from minqwen.engine.scheduler import Scheduler, Sequence
+from minqwen.engine.structured import StructuredOutputs
 from minqwen.errors import MinqwenError
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -99,6 +102,19 @@ def test_stream_stop_and_forced_ids(embedded_model, embedded_tokenizer, oracle):
     out = llm.generate(PROMPTS[0], SamplingParams(max_tokens=24, stop_token_ids=[token], **GREEDY))[0].outputs[0]
     assert (out.finish_reason, out.stop_reason) == ("stop", token)
     assert out.token_ids == whole.token_ids[: whole.token_ids.index(token) + 1]
+
+
+def test_structured_output_parses_whatever_the_model_thinks(embedded_model, embedded_tokenizer):
+    llm = make(embedded_model, embedded_tokenizer)
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 120}},
+              "required": ["name", "age"], "additionalProperties": False}
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=120, structured_outputs=spec) for i, spec in enumerate(
+        (StructuredOutputs(json=schema), StructuredOutputs(regex="[0-9]{3}-[a-f]{2}"), StructuredOutputs(choice=["yes", "no"])))]
+    outputs = [o.outputs[0] for o in llm.generate(PROMPTS, params, use_tqdm=False)]
+    assert all(o.finish_reason == "stop" for o in outputs)
+    found = json.loads(outputs[0].text)
+    assert set(found) == {"name", "age"} and type(found["age"]) is int
+    assert re.fullmatch("[0-9]{3}-[a-f]{2}", outputs[1].text) and outputs[2].text in ("yes", "no")
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(embedded_model, embedded_tokenizer):

@@ -79,9 +79,9 @@ def test_chat_answers_held_out_sums(embedded_tokenizer):
     from minqwen import LLM, SamplingParams
 
     llm = LLM(ROOT / "weights" / "embedded", dtype="float32", max_model_len=128, max_num_seqs=64)
-    questions = heldout_questions()[:200]
-    conversations = [[{"role": "user", "content": question}] for question, _ in questions]
+    questions = heldout_questions()[::4]
+    conversations = [[{"role": "user", "content": question.prompt}] for question in questions]
     outputs = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=48), use_tqdm=False)
-    right = sum(answer in o.outputs[0].text.replace(".", " ").split()[-1:] for (_, answer), o in zip(questions, outputs))
+    right = sum(o.outputs[0].text.split()[-1:] == q.answer.split()[-1:] for q, o in zip(questions, outputs))
     assert right >= 0.95 * len(questions), f"{right} of {len(questions)}"
-    assert all(o.outputs[0].finish_reason == "stop" for o in outputs)
+    assert len(questions) > 180 and all(o.outputs[0].finish_reason == "stop" for o in outputs)

@@ -584,7 +584,9 @@ def save_checkpoint(model: TrainedQwen2, tokenizer: Tokenizer, out: Path) -> Non
     end, pad = (tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>"))
     config = CONFIG | {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad}
     write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
-    generation = {"bos_token_id": pad, "do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad}
+    # The sampling of Qwen2.5-7B-Instruct: greedy text of so small a model runs in circles.
+    generation = {"bos_token_id": pad, "do_sample": True, "eos_token_id": [end, pad], "pad_token_id": pad,
+                  "repetition_penalty": 1.05, "temperature": 0.7, "top_k": 20, "top_p": 0.8}
     write_whole(out / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     write_whole(out / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
     write_whole(out / "tokenizer_config.json", json.dumps(tokenizer_config(tokenizer), indent=2) + "\n")

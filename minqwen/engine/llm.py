@@ -24,6 +24,7 @@ from minqwen.engine.outputs import CompletionOutput, Metrics, RequestOutput
 from minqwen.engine.params import SamplingParams
 from minqwen.engine.sampling import Row, StopChecker, bad_word_ids, logprobs_of, sample
 from minqwen.engine.scheduler import Scheduler, Sequence
+from minqwen.engine.structured import Constraint, ConstraintCompiler
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
 from minqwen.model import Batch, Qwen2
 from minqwen.model.trace import UNTRACED, Seen, Tap, select
@@ -53,6 +54,7 @@ class Completion:
     row: Row  # the sampler's half
     decoder: IncrementalDecoder | None
     stops: StopChecker
+    constraint: Constraint | None = None
 
 
 class LLM:
@@ -112,6 +114,7 @@ class LLM:
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens)
         self.requests: dict[str, Request] = {}
         self.arrivals = itertools.count()
+        self._compiler: ConstraintCompiler | None = None  # made when first needed
         self.seeds = itertools.count(self._entropy() if seed is None else seed)
 
     # ---- what callers use ------------------------------------------------------------------------------------
@@ -217,7 +220,16 @@ class LLM:
             raise SamplingError(f"request_id {request_id!r} is running already: choose another")
         self._check_prompt(ids)
         params.check_ids(self.config.vocab_size)
-        bad_words = bad_word_ids(params.bad_words, self.tokenizer.encode) if params.bad_words else ()
+        bad_words = ()
+        if params.bad_words or params.structured_outputs:
+            if self.tokenizer is None:
+                raise SamplingError("bad_words and structured_outputs need a tokenizer: this LLM was made without one")
+            bad_words = bad_word_ids(params.bad_words, self._encode_plainly)
+            if params.structured_outputs:
+                if self._compiler is None:
+                    self._compiler = ConstraintCompiler(
+                        self.tokenizer, self.config.vocab_size, self.defaults.eos_token_ids
+                    )
         output = RequestOutput(request_id, text, ids, [], False, Metrics(time.perf_counter()))
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(ids)
@@ -239,7 +251,9 @@ class LLM:
             row = Row(params, ids, completion.token_ids, seed, index, eos_token_ids=eos, bad_words=bad_words)
             decoder = self.tokenizer.decoder(skip_special_tokens=True) if self.tokenizer else None
             stops = StopChecker(params)
-            sequence.state = Completion(request, completion, row, decoder, stops)
+            spec = params.structured_outputs
+            constraint = self._compiler.constraint(spec, params.stop_token_ids) if spec else None
+            sequence.state = Completion(request, completion, row, decoder, stops, constraint)
             request.sequences.append(sequence)
         self.scheduler.add(request.sequences[0])  # the others are forked off when the prompt is computed
         return request_id
@@ -350,6 +364,9 @@ class LLM:
     def _draw(self, drawing: list[tuple[Sequence, Tensor]]) -> tuple[list[int], list[dict | None]]:
         """The next token of each sequence, and its logprobs where they were asked for."""
         rows = [sequence.state.row for sequence, _ in drawing]
+        for completion in (sequence.state for sequence, _ in drawing):
+            if completion.constraint:
+                completion.row.mask = completion.constraint.mask()
         tokens, logprobs = sample(torch.stack([logits for _, logits in drawing]), rows)
         if self.mesh.size > 1:  # all ranks have the same logits; this makes it impossible to disagree
             tokens = self.mesh.broadcast(torch.tensor(tokens, device=self.model.device)).tolist()
@@ -373,9 +390,12 @@ class LLM:
         if logprobs is not None:
             output.logprobs.append(logprobs)
             output.cumulative_logprob += logprobs[token].logprob
+        if completion.constraint:
+            completion.constraint.accept(token)
         reason = self._finish_reason(sequence, token)
         if completion.decoder is not None:
-            at_end = reason == ("stop", None)  # the end-of-text token is not part of the text
+            # The end-of-text token is not part of the text; the last token of a finished grammar is.
+            at_end = reason == ("stop", None) and token in self.defaults.eos_token_ids
             text = "" if at_end else completion.decoder.push([token])
             if reason:
                 text += completion.decoder.flush()
@@ -402,6 +422,8 @@ class LLM:
                 return "stop", None
             if token in params.stop_token_ids:
                 return "stop", token
+        if sequence.state.constraint and sequence.state.constraint.finished:
+            return "stop", None
         if count == params.max_tokens or len(sequence.ids) >= self.max_model_len:
             return "length", None
         return None
@@ -427,6 +449,9 @@ class LLM:
             if sequence.state.output.finish_reason is None:
                 sequence.state.output.finish_reason = "error"
                 self.scheduler.finish(sequence)
+
+    def _encode_plainly(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, allow_special=False, add_special_tokens=False)
 
     def _check_prompt(self, ids: list[int]) -> None:
         if not ids:

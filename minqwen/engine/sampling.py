@@ -383,7 +383,7 @@ def logprobs_of(logits: Tensor, ids: Sequence[int], num: int | Sequence[int]) ->
         counts = [lp.shape[1] if n < 0 else min(n, lp.shape[1]) for n in nums[some]]
         best = _best(lp, max(counts)) if max(counts) else [([], [])] * len(lp)
         for i, own, larger, n, (values, tops) in zip(ids[some], chosen[:, 0].tolist(), above, counts, best):
-            row, rank = {int(i): Logprob(own, 1 + larger)}, 1
+            row, rank = {int(i): Logprob(own, 1 + int(larger))}, 1
             for j in range(n):
                 rank = rank if j and values[j] == values[j - 1] else j + 1
                 row.setdefault(tops[j], Logprob(values[j], rank))

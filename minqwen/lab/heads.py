@@ -203,9 +203,12 @@ def extend_tensor(name: str, tensor: Tensor, to: Layout) -> Tensor:
             first, *others = [j for j, h in enumerate(to.heads) if h == head and to.shares[j]]
             rest = source[:, head].double() if others else source[:, head]
             for j in others:
-                columns[:, j] = source[:, head].double() * to.shares[j]
-                rest = rest - columns[:, j].double()
-            columns[:, first] = rest  # what the others left, so that the sum is the source's, however they rounded
+                part = source[:, head].double() * to.shares[j]
+                if to.recipe == "weighted":
+                    part = on_grid_of(source[:, head], part)
+                columns[:, j] = part
+                rest = rest - part
+            columns[:, first] = rest  # exact: the columns of a head's slots add up to the source's, bit for bit
         return columns.flatten(1)
     rows = _place(tensor, dim, to.heads, to.head_dim)
     if to.recipe == "random" and None in to.heads:
@@ -243,6 +246,14 @@ def shrink_tensor(name: str, tensor: Tensor, to: Layout) -> tuple[Tensor, dict[i
         if not torch.equal(got, expected):
             residuals[j] = float((got.double() - expected.double()).abs().max())
     return source, residuals
+
+
+def on_grid_of(x: Tensor, part: Tensor) -> Tensor:
+    """`part`, float64, rounded to units in the last place of x: then x - part is exact in x's dtype as well."""
+    info = torch.finfo(x.dtype)
+    _, exponent = torch.frexp(x.double())
+    ulp = torch.ldexp(torch.full_like(part, info.eps / 2), exponent).clamp_min(info.tiny * info.eps)
+    return (part / ulp).round() * ulp
 
 
 def _place(tensor: Tensor, dim: int, slots: tuple[int | None, ...], unit: int) -> Tensor:
