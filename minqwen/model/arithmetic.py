@@ -23,6 +23,9 @@ class Native:
     name = "native"
     most_scores = 1 << 24  # scores to hold at once, if there are more: memory grows with the context, not its square
 
+    def check(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
+        """Raise ConfigError, before any weight is read, for a model that this arithmetic cannot compute."""
+
     def prepare(self, linear: nn.Module, mesh: Mesh) -> None:
         """Make a weight ready, once, at load. `linear` has `weight` [out, in] and `bias` [out] or None; `mesh`
         are the ranks that hold the other columns of the same rows."""

@@ -11,7 +11,7 @@ Schwarz any partial sum of x . w is at most |x| |w|, so `bits(x) + bits(w) = 53`
 any length, and zeros (padded heads) change nothing. The budget of every sum, in bits:
 
     sum                   terms are multiples of                       largest sum
-    linear                |x| 2^-28 times |w| 2^-25, per row           28 + 25 = 53
+    linear                |x| 2^-27 times |w| 2^-26, per row           27 + 26 = 53
     scores q . k          |q| 2^-27 times |k| 2^-26, per head          27 + 26 = 53
     softmax denominator   2^-36; terms at most 1; 2^17 keys            36 + 17 = 53
     pattern . v           2^-29 (a row adds up to 1) times             29 + 23 < 53
@@ -34,18 +34,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
-from minqwen.errors import ConfigError
+from minqwen.errors import ConfigError, MinqwenError
 from minqwen.model.arithmetic import Native
 from minqwen.model.rope import inverse_frequencies
 from minqwen.parallel import SINGLE, Mesh
 
-X_BITS, W_BITS = 28, 25  # a linear's input and weight
+X_BITS, W_BITS = 27, 26  # a linear's input and weight
 Q_BITS, K_BITS = 27, 26
 EXP_BITS, CONTEXT = 36, 1 << 17
 P_BITS, V_BITS = 29, 23
 SQUARE_BITS, WIDTH = 38, 1 << 15
 
-BLOCK = 1 << 16  # float64s to work on at a time, so that elementwise chains stay in a CPU's second-level cache
+BLOCK = 1 << 15  # float64s per thread to work on at a time: chains of operations stay in a CPU's second-level cache
 
 
 # ---------------------------------------------------------------------------------------------- grids
@@ -55,29 +55,39 @@ def pow2(a: Tensor) -> Tensor:
     return ((a.view(torch.int64) + mantissa) & ~mantissa).view(torch.float64)
 
 
-def snap(x: Tensor, unit: Tensor | float) -> Tensor:
+def snap(x: Tensor, unit: Tensor | float, out: Tensor | None = None) -> Tensor:
     """x, float64, rounded to multiples of `unit`, a power of two with |x| < 2^51 unit; ties to even.
 
     1.5 * 2^52 units have an ulp of one unit, so adding them rounds. Never gives -0. A unit of 0 leaves x alone.
     """
     magic = unit * (1.5 * 2.0**52)
-    return (x + magic).sub_(magic)
+    return torch.add(x, magic, out=out).sub_(magic)
 
 
-def square_sum(squares: Tensor, largest: Tensor) -> Tensor:
-    """Exact sum over the last dimension, kept, of squares <= largest (a power of two) snapped to 2^-38 of it."""
-    return snap(squares, largest * 2.0**-SQUARE_BITS).sum(-1, keepdim=True)
+def snap_below_norm(x: Tensor, bits: int, mesh: Mesh = SINGLE) -> Tensor:
+    """x [..., n <= 2^15] in float64, each row snapped to 2^-bits of a power of two that no row's 2-norm exceeds,
+    neither before nor after. `mesh` holds the rows' other columns.
 
-
-def norm_bound(x: Tensor, mesh: Mesh = SINGLE) -> Tensor:
-    """A power of two at or above the 2-norm of each row of float64 x, of x snapped below it, too. [..., 1].
-
-    `mesh` holds the rows' other columns. The margin of 2^-9 covers both snaps for rows of up to 2^15.
+    The norm's square is exact: entries snapped to 2^-19 of the largest have squares on a 2^-38 grid. The margin
+    of 2^-9 covers what both snaps can add: less than 2^-11 of the norm for 2^15 entries.
     """
-    top = pow2(mesh.all_reduce(x.abs().amax(-1, keepdim=True), "max"))
-    x = snap(x, top * 2.0 ** (-SQUARE_BITS // 2))  # squares are multiples of 2^-38 top^2 as they are
-    squares = mesh.all_reduce((x * x).sum(-1, keepdim=True))
-    return pow2(squares.sqrt_().mul_(1 + 2.0**-9))
+    wide, rows = x.double(), rows_at_once(x)
+    top = pow2(mesh.all_reduce(x.abs().amax(-1, keepdim=True).double(), "max"))
+    square = torch.empty_like(top)
+    for x, unit, total in zip(wide.split(rows), (top * 2.0**-19).split(rows), square.split(rows)):
+        x = snap(x, unit)
+        torch.sum(x.mul_(x), -1, keepdim=True, out=total)
+    units = pow2(mesh.all_reduce(square).sqrt_().mul_(1 + 2.0**-9)) * 2.0**-bits
+    for x, unit in zip(wide.split(rows), units.split(rows)):
+        snap(x, unit, out=x)
+    return wide
+
+
+def rows_at_once(x: Tensor) -> int:
+    """How many rows of x to work on at a time."""
+    if x.device.type != "cpu":
+        return len(x) + 1
+    return max(1, BLOCK * torch.get_num_threads() * len(x) // max(1, x.numel()))
 
 
 def within(count: int, most: int, what: str) -> None:
@@ -86,6 +96,7 @@ def within(count: int, most: int, what: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- functions
+LOG2_E = 1.4426950408889634
 LN2_HIGH = 0x2C5C85FDF4 * 2.0**-38  # 38 bits of ln 2, ...
 LN2_LOW = 0x1CF79ABC9E3 * 2.0**-80  # ... and 41 of the rest: their products with an 11-bit integer are exact
 # (r/2) coth(r/2) = 1 + r^2/12 - r^4/720 + ..., coefficients B_2n / (2n)! with Bernoulli's numbers
@@ -100,10 +111,11 @@ def exp(x: Tensor) -> Tensor:
     bits. Only separate IEEE operations, or exact products, which a fused multiply-add does not change.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    size = BLOCK if x.device.type == "cpu" else x.numel() + 1
-    for x, y in zip(x.flatten().split(size), out.view(-1).split(size)):
+    x, y = x.flatten(), out.view(-1)
+    size = rows_at_once(x)
+    for x, y in zip(x.split(size), y.split(size)):
         r = x.clamp(-708.0, 709.0)
-        n = (r * (1 / math.log(2))).add_(1.5 * 2.0**52)
+        n = (r * LOG2_E).add_(1.5 * 2.0**52)
         t = n - 1.5 * 2.0**52  # nearest integer; n holds it in its last bits
         r.sub_(t, alpha=LN2_HIGH).sub_(t, alpha=LN2_LOW)
         torch.mul(r, r, out=t)
@@ -163,30 +175,32 @@ class Exact(Native):
     most_scores = 1 << 18  # smaller tiles than Native's: most passes over the scores find them in the cache
 
     def __init__(self, widen: bool | None = None):
-        self.widen, self.widened_bytes = widen, 0
+        self.widen, self.ranks, self.widened_bytes = widen, 1, 0
+
+    def check(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
+        if dtype == torch.float64:
+            raise ConfigError("dtype is float64: exact arithmetic stores float32, bfloat16 or float16; choose one")
+        within(max(config.hidden_size, config.intermediate_size, config.q_size), WIDTH, "the widest sum of this model")
+        self.ranks = mesh.size
 
     @torch.no_grad()
     def prepare(self, linear: nn.Module, mesh: Mesh) -> None:
-        """Snap the weight, row by row, to |w| 2^-25. It stays representable in its dtype: no bits are added.
+        """Snap the weight, row by row, to |w| 2^-26. It stays representable in its dtype: no bits are added.
 
-        Twice, because the norm of what is snapped can pass a power of two that the norm before it did not;
-        then nothing changes if this is called again.
+        Twice, because the norm of what is snapped can pass a power of two that the norm before it did not; now
+        nothing changes if this is called again.
         """
-        weight, storage = linear.weight, linear.weight.dtype
-        if storage == torch.float64 and not hasattr(linear, "live"):
-            raise ConfigError("exact arithmetic stores float32, bfloat16 or float16, found float64: choose another dtype")
-        within(weight.shape[-1] * mesh.size, WIDTH, "the input size of a linear layer")
-        wide = weight.double()
-        for _ in range(2):
-            wide = snap(wide, norm_bound(wide, mesh) * 2.0**-W_BITS)
+        wide = snap_below_norm(snap_below_norm(linear.weight, W_BITS, mesh), W_BITS, mesh)
         self.widened_bytes += wide.nbytes
-        if not (self.widen if self.widen is not None else self.widened_bytes * mesh.size <= memory(wide.device) // 2):
-            wide = wide.to(storage)
+        fits = self.widened_bytes <= memory(wide.device, self.ranks) // 2
+        if not (fits if self.widen is None else self.widen):
+            wide = wide.to(linear.weight.dtype)
         linear.weight = nn.Parameter(wide, requires_grad=False)  # a tied embedding keeps its own
         if linear.bias is not None:
             linear.bias = nn.Parameter(linear.bias.double() + 0.0, requires_grad=False)  # no -0
         live = (wide != 0).any(0)
-        linear.live = None if bool(live.all()) else live
+        linear.register_buffer("live", None if bool(live.all()) else live, persistent=False)
+        linear.prepared = linear.weight, version(linear.weight)
 
     def rotary_table(self, config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As Native's, from float32 angles, but by routines that are the same everywhere."""
@@ -194,7 +208,7 @@ class Exact(Native):
         with localcontext() as context:
             context.prec = 50
             theta, d = Decimal(config.rope_theta), config.head_dim
-            wavelengths = torch.tensor([float32(theta ** (Decimal(2 * i) / d)) for i in range(d // 2)])
+            wavelengths = torch.tensor([float32(theta ** (Decimal(2 * i) / d)) for i in range(d // 2)], dtype=torch.float32)
             inv_freq, factor = inverse_frequencies(config, torch.float32, wavelengths, log)
         cos, sin = cos_sin(torch.arange(length).float()[:, None] * inv_freq)
         return tuple((torch.cat((x, x), dim=-1) * factor).to(dtype) for x in (cos, sin))
@@ -204,33 +218,34 @@ class Exact(Native):
 
     def row_parallel_linear(self, x: Tensor, linear: nn.Module, mesh: Mesh) -> Tensor:
         """Exact partial sums, their exact sum over ranks, + bias in float64, one rounding to x's dtype."""
-        wide = x.double()
+        if linear.__dict__.get("prepared", (None, 0))[0] is not linear.weight or linear.prepared[1] != version(linear.weight):
+            raise MinqwenError("weights changed since they were prepared for exact arithmetic: call model.prepare()")
         if linear.live is not None:  # what meets only zeros must not move the grid either: padded heads
-            wide = wide.where(linear.live, 0.0)
-        wide = snap(wide, norm_bound(wide, mesh) * 2.0**-X_BITS)
-        y = mesh.all_reduce(product(wide, linear.weight))
+            x = x.where(linear.live, 0.0)
+        y = mesh.all_reduce(product(snap_below_norm(x, X_BITS, mesh), linear.weight))
         if linear.bias is None:
             return y.to(x.dtype).add_(0.0)  # a sum of nothing but -0 depends on the kernel: -0 + 0 = 0
         return y.add_(linear.bias).to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.double()
-        within(x.shape[-1], WIDTH, "hidden_size")
         squares = wide * wide
-        mean = square_sum(squares, pow2(squares.amax(-1, keepdim=True))) / x.shape[-1]
+        squares = snap(squares, pow2(squares.amax(-1, keepdim=True)) * 2.0**-SQUARE_BITS)
+        mean = squares.sum(-1, keepdim=True) / x.shape[-1]
         return weight * wide.mul_(1 / (mean + eps).sqrt()).to(x.dtype)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        rows = max(1, BLOCK // gate.shape[-1]) if gate.device.type == "cpu" else len(gate) + 1
-        wide = (g.double() for g in gate.split(rows))
-        return torch.cat([(g / exp(-g).add_(1.0)).to(gate.dtype) for g in wide]) * up
+        act, rows = torch.empty_like(gate), rows_at_once(gate)
+        for x, y in zip(gate.split(rows), act.split(rows)):
+            x = x.double()
+            y.copy_(x / exp(-x).add_(1.0))
+        return act.mul_(up)
 
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k snapped to |k| 2^-26, v to 2^-23 of its largest entry; both stay representable in their dtype."""
-        wide_k, wide_v = k.double(), v.double()
-        wide_k = snap(wide_k, norm_bound(wide_k) * 2.0**-K_BITS)
-        wide_v = snap(wide_v, pow2(wide_v.abs().amax(-1, keepdim=True)) * 2.0**-V_BITS)
-        return wide_k.to(k.dtype), wide_v.to(v.dtype)
+        wide = v.double()
+        wide = snap(wide, pow2(wide.abs().amax(-1, keepdim=True)) * 2.0**-V_BITS)
+        return snap_below_norm(k, K_BITS).to(k.dtype), wide.to(v.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, tap: Callable) -> Tensor:
         """As Native's; k and v come from `cached`, scores and pattern are float64.
@@ -238,14 +253,12 @@ class Exact(Native):
         Every token's v is scaled to [-1, 1], and its scale moved into the pattern: then all tokens have one unit.
         """
         within(k.shape[-2], CONTEXT, "the context")
-        wide = q.double()
-        wide = snap(wide, norm_bound(wide) * 2.0**-Q_BITS)
-        scores = torch.matmul(wide, k.double().transpose(-1, -2)).mul_(scale)
+        scores = torch.matmul(snap_below_norm(q, Q_BITS), k.double().transpose(-1, -2)).mul_(scale)
         if visible is not None:
             scores.masked_fill_(~visible, float("-inf"))
-        scores = tap("attn.scores", scores)
+        scores = tap("attn.scores", scores).double()
         p = snap(exp(scores - scores.amax(-1, keepdim=True)), 2.0**-EXP_BITS)
-        pattern = tap("attn.pattern", p.mul_(1 / p.sum(-1, keepdim=True)))
+        pattern = tap("attn.pattern", p.mul_(1 / p.sum(-1, keepdim=True))).double()
         wide = v.double()
         tops = pow2(wide.abs().amax(-1, keepdim=True)).clamp_min_(2.0**-200)  # [N, heads, L, 1]; not 0
         wide.div_(tops)
@@ -267,8 +280,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def memory(device: torch.device) -> int:
-    """Bytes of memory that the device has, used or not."""
+def version(weight: Tensor) -> int:
+    """Changes when the weight is written to."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def memory(device: torch.device, ranks: int) -> int:
+    """Bytes of memory that the device has for each rank, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks

@@ -173,6 +173,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config, self.mesh = config, mesh
         self.ops = ARITHMETICS[arithmetic]() if isinstance(arithmetic, str) else arithmetic
+        self.ops.check(config, dtype, mesh)
         factory = {"dtype": dtype, "device": device}
         self.model = Decoder(self.ops, config, mesh, **factory)
         rows = len(self.model.embed_tokens.rows)
@@ -227,7 +228,7 @@ class Qwen2(nn.Module):
         write_checkpoint(path, config, ((name, state[name]) for name in names), **options)
 
     def prepare(self) -> Qwen2:
-        """Let the arithmetic make the weights ready. Call it once, when they are in place."""
+        """Let the arithmetic make the weights ready. Call it when they are in place, and after changing them."""
         for module in self.modules():
             if isinstance(module, Linear):
                 self.ops.prepare(module, module.mesh)
