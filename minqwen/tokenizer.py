@@ -372,11 +372,11 @@ class Tokenizer:
         return _encode_between(prompt, self._splitter, self.token_to_id, self._encode_plain)
 
     def _enclose(self, value: Any) -> Any:
-        """`value` with OPEN and CLOSE around every added token in its strings, dictionary keys excepted."""
+        """`value` with OPEN and CLOSE around every added token in its strings."""
         if isinstance(value, str):
             return self._splitter.sub(lambda match: OPEN + match[0] + CLOSE, _without_marks(value))
         if isinstance(value, dict):
-            return {key: self._enclose(item) for key, item in value.items()}
+            return {self._enclose(key): self._enclose(item) for key, item in value.items()}
         return [self._enclose(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def _select_template(self, wanted: str | None, tools: Sequence[dict] | None) -> str:
