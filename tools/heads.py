@@ -5,6 +5,7 @@
   python tools/heads.py extend SRC DST --num-attention-heads 32    write it
   python tools/heads.py verify SRC DST                             is it the same model? (exit code 0 yes, 1 no)
   python tools/heads.py shrink DST BACK                            and back, byte for byte
+  python tools/heads.py extend-adapter LORA OUT --base DST         a LoRA adapter of SRC, for DST
   python tools/heads.py explain DST                                the slot map as a picture
   python tools/heads.py demo                                       every recipe, right and wrong, on the embedded model
 """
@@ -21,7 +22,7 @@ import torch
 from minqwen import Checkpoint, ModelConfig, Qwen2, Tokenizer
 from minqwen.cli import EMBEDDED, run
 from minqwen.errors import MinqwenError
-from minqwen.lab import heads
+from minqwen.lab import heads, packed_heads
 from minqwen.lab.controls import CONTROLS
 from minqwen.lab.verify import as_html, as_json, compare, inspect_heads, inspect_layer, problems
 
@@ -61,7 +62,8 @@ def extend(args: argparse.Namespace) -> int:
     config = ModelConfig.from_json(args.src)
     to = heads.layout(config, args.num_attention_heads, args.num_key_value_heads, recipe=args.recipe, alpha=args.alpha,
                       seed=args.seed, intermediate_size=args.intermediate_size, intermediate_block=args.intermediate_block)
-    heads.extend(args.src, args.dst, to, arch=args.arch, max_shard_bytes=args.max_shard_bytes, progress=True)
+    write = heads.extend if config.quantization_config is None else packed_heads.extend_packed
+    write(args.src, args.dst, to, arch=args.arch, max_shard_bytes=args.max_shard_bytes, progress=True)
     print(heads.explain(to))
     target = heads.extended_config(config, to, args.arch)
     c = heads.cost(config, target)
@@ -74,7 +76,19 @@ def extend(args: argparse.Namespace) -> int:
 
 
 def shrink(args: argparse.Namespace) -> int:
-    heads.shrink(args.src, args.dst, tolerance=args.tolerance, progress=True)
+    if ModelConfig.from_json(args.src).quantization_config is None:
+        heads.shrink(args.src, args.dst, tolerance=args.tolerance, progress=True)
+    else:
+        packed_heads.shrink_packed(args.src, args.dst, progress=True)
+    print(f"wrote {args.dst}")
+    return 0
+
+
+def extend_adapter(args: argparse.Namespace) -> int:
+    manifest = heads.read_manifest(args.base)
+    if manifest is None:
+        raise heads.HeadsError(f"{args.base}: has no {heads.MANIFEST}, expected a model that `tools/heads.py extend` wrote")
+    packed_heads.extend_adapter(args.src, args.dst, manifest["layout"], base=args.base)
     print(f"wrote {args.dst}")
     return 0
 
@@ -187,7 +201,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(function, **options) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, **options)
+        sub = commands.add_parser(function.__name__.replace("_", "-"), **options)
         sub.set_defaults(function=function)
         return sub
 
@@ -216,6 +230,10 @@ def main() -> int:
     sub.add_argument("src")
     sub.add_argument("dst")
     sub.add_argument("--tolerance", type=float, default=0.0, metavar="X", help="largest drift to let pass (default 0)")
+    sub = command(extend_adapter, help="make a LoRA adapter (PEFT) of the source fit the extended model")
+    sub.add_argument("src")
+    sub.add_argument("dst")
+    sub.add_argument("--base", required=True, metavar="EXTENDED", help="the extended model, whose manifest says how")
     sub = command(verify, help="compare two checkpoints")
     sub.add_argument("a")
     sub.add_argument("b")
