@@ -1,4 +1,4 @@
-"""Heads moved in quantised words and in LoRA factors: the same as moving the weights they stand for, bit for bit.
+"""Heads moved in quantised words and in LoRA factors: as if the weights they stand for were moved.
 
 The dequantiser here is its own, number by number out of the words, and is itself held to golden vectors that
 AutoAWQ's and AutoGPTQ's code computed (data/quant_golden.safetensors: in 256, out 64, group 128).
@@ -6,7 +6,7 @@ AutoAWQ's and AutoGPTQ's code computed (data/quant_golden.safetensors: in 256, o
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -20,23 +20,25 @@ from minqwen import ModelConfig, Qwen2
 from minqwen.errors import MinqwenError
 from minqwen.lab import heads
 from minqwen.lab.heads import HeadsError, extend_tensor, extended_config, layout
-from minqwen.lab.packed_heads import Packing, extend_adapter, extend_packed, extend_part, shrink_packed, shrink_part
+from minqwen.lab.packed_heads import (Packing, extend_adapter, extend_packed, extend_part, shrink_packed,
+                                      shrink_part)
 
 AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False, "sym": True}
-KINDS = {"awq": AWQ, "gptq4": GPTQ, "gptq8": GPTQ | {"bits": 8}, "gptq4_v2": GPTQ | {"checkpoint_format": "gptq_v2"},
-         "gptq8_v2": GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}, "gptq4_act": GPTQ | {"desc_act": True}}
+GPTQ8, V2, ACT = GPTQ | {"bits": 8}, {"checkpoint_format": "gptq_v2"}, GPTQ | {"desc_act": True}
+KINDS = {"awq": AWQ, "gptq4": GPTQ, "gptq8": GPTQ8, "gptq4_v2": GPTQ | V2, "gptq8_v2": GPTQ8 | V2, "gptq4_act": ACT}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def dequantise(parts: dict, quant: dict) -> torch.Tensor:
-    """[out, in] in the scales' dtype. Unpacks with numpy's shifts on unsigned words; no code in common with minqwen."""
+    """[out, in] in the scales' dtype. numpy's shifts on unsigned words; no code in common with minqwen."""
     bits = quant["bits"]
 
     def numbers(words: torch.Tensor, axis: int, order: list[int]) -> np.ndarray:
         w = words.numpy().view(np.uint32)
         fields = np.stack([(w >> np.uint32(bits * i)) & np.uint32(2**bits - 1) for i in order], axis=axis + 1)
-        return fields.reshape([n * (len(order) if a == axis else 1) for a, n in enumerate(w.shape)]).astype(np.int64)
+        shape = [n * (len(order) if a == axis else 1) for a, n in enumerate(w.shape)]
+        return fields.reshape(shape).astype(np.int64)
 
     straight = list(range(32 // bits))
     if quant["quant_method"] == "awq":
@@ -55,7 +57,8 @@ def quantised(inputs: int, outputs: int, group: int, quant: dict, seed: int) -> 
     words = lambda *shape: torch.randint(-2**31, 2**31, shape, generator=g).int()
     awq = quant["quant_method"] == "awq"
     parts = {"qweight": words(inputs, outputs // pack) if awq else words(inputs // pack, outputs),
-             "qzeros": words(groups, outputs // pack), "scales": (torch.rand(groups, outputs, generator=g) * 0.03 + 1e-3).half()}
+             "qzeros": words(groups, outputs // pack),
+             "scales": (torch.rand(groups, outputs, generator=g) * 0.03 + 1e-3).half()}
     if not awq:
         order = torch.randperm(inputs, generator=g) if quant["desc_act"] else torch.arange(inputs)
         parts["g_idx"] = (order // group).int()
@@ -68,9 +71,10 @@ def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def tiny(H: int = 3, K: int = 1, d: int = 16, group: int = 16, hidden: int = 32, quant: dict = GPTQ) -> ModelConfig:
     return ModelConfig.from_dict(dict(
-        model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=61, hidden_size=hidden, intermediate_size=24,
+        model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu", max_position_embeddings=64,
+        vocab_size=61, hidden_size=hidden, intermediate_size=24, eos_token_id=0,
         num_hidden_layers=2, num_attention_heads=H, num_key_value_heads=K, head_dim=d, torch_dtype="float16",
-        hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False, max_position_embeddings=64, eos_token_id=0,
+        rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False,
         quantization_config=quant | {"group_size": group}))
 
 
@@ -80,7 +84,8 @@ def checkpoint(path: Path, config: ModelConfig, shards: int = 2) -> dict[str, to
     for i, (name, shape) in enumerate(config.parameter_shapes().items()):
         stem, _, part = name.rpartition(".")
         if part == "weight" and stem.endswith(PROJECTIONS):
-            tensors |= {f"{stem}.{p}": t for p, t in quantised(shape[1], shape[0], quant["group_size"], quant, i).items()}
+            parts = quantised(shape[1], shape[0], quant["group_size"], quant, i)
+            tensors |= {f"{stem}.{p}": t for p, t in parts.items()}
         else:
             tensors[name] = (torch.randn(shape, generator=g) * 0.3 + ("norm" in name)).half()
     path.mkdir()
@@ -107,22 +112,23 @@ def plain(tensors: dict, quant: dict) -> dict[str, torch.Tensor]:
     for name in tensors:
         if name.endswith(".qweight"):
             stem = name.removesuffix(".qweight")
-            parts = {p: tensors[f"{stem}.{p}"] for p in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{p}" in tensors}
+            parts = {p: tensors.get(f"{stem}.{p}") for p in ("qweight", "qzeros", "scales", "g_idx")}
+            parts = {p: t for p, t in parts.items() if t is not None}
             out[stem + ".weight"] = dequantise(parts, quant)
     return out
 
 
-@pytest.mark.parametrize("case, quant", [("awq", AWQ), ("gptq4_sym", GPTQ), ("gptq8_sym", GPTQ | {"bits": 8}), ("gptq4_asym", GPTQ),
-                                         ("gptq4_sym_desc_act", GPTQ | {"desc_act": True})])
+@pytest.mark.parametrize("case, quant", [("awq", AWQ), ("gptq4_sym", GPTQ), ("gptq8_sym", GPTQ8),
+                                         ("gptq4_asym", GPTQ), ("gptq4_sym_desc_act", ACT)])
 def test_golden_vectors_dequantise_and_extend(case, quant):
     golden = load_file(ROOT / "tests/data/quant_golden.safetensors")
     parts = {n.removeprefix(case + "."): t for n, t in golden.items() if n.startswith(case + ".")}
     weight = parts.pop("expected_weight")
     assert bits_equal(dequantise(parts, quant), weight)
     # as o of two heads of 128 and as q of four heads of 16
-    for projection, config in (("o_proj", tiny(2, 1, 128, 128, 64, quant)), ("q_proj", tiny(4, 1, 16, 128, 256, quant))):
-        packing, H, name = Packing.read(config.quantization_config), config.num_attention_heads, f"layers.0.self_attn.{projection}"
-        to = layout(config, H + 1)
+    o, q = tiny(2, 1, 128, 128, 64, quant), tiny(4, 1, 16, 128, 256, quant)
+    for name, config in (("layers.0.self_attn.o_proj", o), ("layers.0.self_attn.q_proj", q)):
+        packing, to = Packing.read(config.quantization_config), layout(config, config.num_attention_heads + 1)
         moved = {p: extend_part(f"{name}.{p}", t, to, packing) for p, t in parts.items()}
         assert bits_equal(dequantise(moved, quant), extend_tensor(name + ".weight", weight, to))
         for p, t in parts.items():
@@ -130,8 +136,9 @@ def test_golden_vectors_dequantise_and_extend(case, quant):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("H, K, H2, K2, recipe", [(7, 1, 8, 1, "ghost"), (7, 1, 8, 1, "zero"), (7, 1, 8, 1, "split"), (6, 2, 16, 4, "ghost"),
-                                                  (2, 1, 6, 1, "split"), (3, 3, 8, 4, "zero"), (3, 3, 8, 4, "ghost"), (6, 2, 6, 6, "ghost")])
+@pytest.mark.parametrize("H, K, H2, K2, recipe", [
+    (7, 1, 8, 1, "ghost"), (7, 1, 8, 1, "zero"), (7, 1, 8, 1, "split"), (6, 2, 16, 4, "ghost"),
+    (2, 1, 6, 1, "split"), (3, 3, 8, 4, "zero"), (3, 3, 8, 4, "ghost"), (6, 2, 6, 6, "ghost")])
 def test_extending_commutes_with_dequantising(kind, H, K, H2, K2, recipe):
     quant, d, group, hidden = KINDS[kind], 16, 8, 24
     if recipe == "split" and quant.get("desc_act"):
@@ -140,16 +147,18 @@ def test_extending_commutes_with_dequantising(kind, H, K, H2, K2, recipe):
     packing, to = Packing.read(config.quantization_config), layout(config, H2, K2, recipe=recipe)
     to.check()
     packing.check(to)
-    shapes = {"q_proj": (hidden, H * d), "k_proj": (hidden, K * d), "v_proj": (hidden, K * d), "o_proj": (H * d, hidden)}
+    shapes = dict(zip(PROJECTIONS, ((hidden, H * d), (hidden, K * d), (hidden, K * d), (H * d, hidden))))
     for seed, (projection, (inputs, outputs)) in enumerate(shapes.items()):
         name, parts = f"model.layers.0.self_attn.{projection}", quantised(inputs, outputs, group, quant, seed)
         moved = {p: extend_part(f"{name}.{p}", t, to, packing) for p, t in parts.items()}
-        weight, expected = dequantise(moved, quant), extend_tensor(name + ".weight", dequantise(parts, quant), to)
-        assert bits_equal(weight, expected)
+        weight = dequantise(moved, quant)
+        assert bits_equal(weight, extend_tensor(name + ".weight", dequantise(parts, quant), to))
         if projection == "o_proj":
-            assert not any(weight.unflatten(1, (H2, d))[:, j].view(torch.int16).any() for j in range(H2) if not to.shares[j])
-            if to.shares != (1.0,) * H:  # an act-order group keeps its inputs, and no group has more than its share
-                assert "g_idx" not in moved or torch.equal(moved["g_idx"].bincount(), torch.full((H2 * d // group,), group))
+            columns = weight.unflatten(1, (H2, d)).view(torch.int16)
+            assert not any(columns[:, j].any() for j in range(H2) if not to.shares[j])
+            if to.shares != (1.0,) * H:
+                if "g_idx" in moved:  # every group has as many inputs as the group size says, as kernels expect
+                    assert torch.equal(moved["g_idx"].bincount(), torch.full((H2 * d // group,), group))
                 assert bool((moved["scales"] == 0).any()) == (0.0 in to.shares)
         for p, t in parts.items():
             assert torch.equal(shrink_part(f"{name}.{p}", moved[p], to, packing), t)
@@ -158,12 +167,14 @@ def test_extending_commutes_with_dequantising(kind, H, K, H2, K2, recipe):
 
 def test_split_is_exact_down_to_the_subnormals_and_refused_below():
     config = tiny(2, 1, 8, 8, 8)
-    packing, to, name = Packing.read(config.quantization_config), layout(config, 4, recipe="split"), "l.self_attn.o_proj"
+    packing, to = Packing.read(config.quantization_config), layout(config, 4, recipe="split")
+    name = "l.self_attn.o_proj"
     parts = quantised(16, 8, 8, GPTQ, 0)
     for units in (2, 6, 1022, 2046, 2048, 2050, 4094):  # of 2**-24, fp16's smallest; all even
         parts["scales"] = torch.full((2, 8), units * 2.0**-24).half()
         moved = {p: extend_part(f"{name}.{p}", t, to, packing) for p, t in parts.items()}
-        assert torch.equal(dequantise(moved, GPTQ), extend_tensor(name + ".weight", dequantise(parts, GPTQ), to))
+        expected = extend_tensor(name + ".weight", dequantise(parts, GPTQ), to)
+        assert torch.equal(dequantise(moved, GPTQ), expected)
     parts["scales"][1, 3] = 3 * 2.0**-24
     with pytest.raises(HeadsError, match="l.self_attn.o_proj.scales: 2 scales .* use ghost"):
         extend_part(name + ".scales", parts["scales"], to, packing)
@@ -181,20 +192,26 @@ def test_a_checkpoint_there_and_back_is_the_same_model(kind, tmp_path):
     assert (written["num_attention_heads"], written["num_key_value_heads"], written["head_dim"]) == (8, 2, 16)
     assert written["quantization_config"] == config.quantization_config
     index = json.loads((dst / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(set(index.values())) > 1 and all(index[n] == f.name for f in dst.glob("*.safetensors") for n in load_file(f))
+    assert len(set(index.values())) > 1
+    assert all(index[n] == f.name for f in dst.glob("*.safetensors") for n in load_file(f))
     assert (dst / "quantize_config.json").exists() and (dst / "tokenizer.json").exists()
     assert heads.read_manifest(dst)["layout"] == to
     moved = plain(read(dst), quant)
     for name, tensor in plain(tensors, quant).items():
         assert bits_equal(moved[name], extend_tensor(name, tensor, to)), name
     unquantised = config.replace(quantization_config=None)
-    run = lambda c, w: Qwen2.from_tensors(c, lambda n, shard: w[n], dtype=torch.float32, arithmetic="exact")(torch.arange(9)[None])
+
+    def run(c: ModelConfig, w: dict) -> torch.Tensor:
+        return Qwen2.from_tensors(c, lambda n, _: w[n], dtype=torch.float32, arithmetic="exact")(torch.arange(9)[None])
+
     assert torch.equal(run(unquantised, plain(tensors, quant)), run(extended_config(unquantised, to), moved))
     shrink_packed(dst, back)
     again = read(back)
-    assert again.keys() == tensors.keys() and all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in tensors.items())
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in tensors.items())
     assert json.loads((back / "config.json").read_text()) == json.loads((src / "config.json").read_text())
-    assert not (back / heads.MANIFEST).exists() and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+    assert not (back / heads.MANIFEST).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
     file = next(f for f in dst.glob("*.safetensors") if "model.layers.1.self_attn.o_proj.scales" in load_file(f))
     changed = load_file(file)
     changed["model.layers.1.self_attn.o_proj.scales"][-1, 0] += 1  # a slot that adds nothing no longer does
@@ -204,28 +221,39 @@ def test_a_checkpoint_there_and_back_is_the_same_model(kind, tmp_path):
     assert read(back).keys() == tensors.keys()
 
 
-def test_the_command_and_the_llama_layout(tmp_path):
+def test_the_command_and_the_llama_layout(tool, tmp_path):
     config = tiny(quant=AWQ)
     checkpoint(tmp_path / "a", config, shards=1)
-    command = [sys.executable, ROOT / "tools/heads.py"]
-    arguments = ["extend", tmp_path / "a", tmp_path / "b", "--num-attention-heads", "4", "--arch", "llama"]
-    done = subprocess.run(command + arguments, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "recipe ghost" in done.stdout, done.stderr
+    code, out, err = tool("extend", tmp_path / "a", tmp_path / "b", "--num-attention-heads", 4, "--arch", "llama")
+    assert code == 0 and "recipe ghost" in out, err
     tensors, written = read(tmp_path / "b"), json.loads((tmp_path / "b/config.json").read_text())
     assert written["architectures"] == ["LlamaForCausalLM"] and written["attention_bias"] is True
     assert torch.equal(tensors["model.layers.1.self_attn.o_proj.bias"], torch.zeros(32).half())
-    shrink_packed(tmp_path / "b", tmp_path / "c")
+    assert tool("shrink", tmp_path / "b", tmp_path / "c")[0] == 0
     assert read(tmp_path / "c").keys() == read(tmp_path / "a").keys()
-    done = subprocess.run(command + arguments[:3] + ["--num-attention-heads", "4", "--recipe", "random"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.startswith("error: the recipe random") and done.stderr.count("\n") == 1
+    code, _, err = tool("extend", tmp_path / "a", tmp_path / "b", "--num-attention-heads", 4, "--recipe", "random")
+    assert code == 2 and err.startswith("error: recipe random") and err.count("\n") == 1
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """tools/heads.py in this process: arguments -> (exit code, stdout, stderr)."""
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["heads.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(ROOT / "tools/heads.py"), run_name="__main__")
+        return done.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize("change, options, said", [
     ({"group": 32}, {}, "head_dim 16 is not a multiple of the quantisation group 32"),
     ({"group": -1}, {}, "quantisation group -1"),
     ({"d": 12, "group": 12}, {}, "head_dim 12 is not a multiple of 8, the 4-bit numbers in a word"),
-    ({"d": 12, "group": 24, "quant": GPTQ | {"bits": 8, "desc_act": True}}, {}, "12 new inputs of o_proj are not a multiple"),
-    ({"quant": GPTQ | {"desc_act": True}}, {"recipe": "split"}, "recipe split scales some heads"),
+    ({"d": 12, "group": 24, "quant": ACT | {"bits": 8}}, {}, "36 old and 12 new inputs of o_proj"),
+    ({"H": 2, "d": 8, "group": 32, "quant": ACT}, {"num_attention_heads": 6}, "16 old and 32 new inputs of o_proj"),
+    ({"quant": ACT}, {"recipe": "split"}, "recipe split scales some heads"),
     ({}, {"recipe": "weighted", "alpha": 0.3}, "recipe weighted has the share 0.3"),
     ({}, {"recipe": "random"}, "recipe random"),
     ({}, {"intermediate_size": 32}, "padding the MLP"),
@@ -237,7 +265,7 @@ def test_the_command_and_the_llama_layout(tmp_path):
 def test_what_cannot_be_moved_exactly_is_refused(change, options, said):
     config = tiny(**change)
     with pytest.raises(HeadsError) as error:
-        Packing.read(config.quantization_config).check(layout(config, 4, **options))
+        Packing.read(config.quantization_config).check(layout(config, **({"num_attention_heads": 4} | options)))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -257,7 +285,8 @@ def test_a_damaged_source_is_refused_and_nothing_written(tmp_path):
         for file in (tmp_path / "a").glob("*.safetensors"):
             file.unlink()
         (tmp_path / "a/model.safetensors.index.json").unlink(missing_ok=True)
-        kept = {n: t for n, t in (tensors | {prefix + n.replace("__", "."): t for n, t in changes.items()}).items() if n != prefix + drop}
+        kept = tensors | {prefix + n.replace("__", "."): t for n, t in changes.items()}
+        kept.pop(prefix + drop, None)
         save_file(kept, tmp_path / "a/model.safetensors")
         with pytest.raises(MinqwenError) as error:
             extend_packed(tmp_path / "a", tmp_path / "b", to)
@@ -269,7 +298,8 @@ def test_a_damaged_source_is_refused_and_nothing_written(tmp_path):
     refused("v_proj.qweight has shape (4, 8), expected (4, 16)",
             v_proj__qweight=torch.zeros(4, 8, dtype=torch.int32))
     refused("q_proj.weight_scale has shape", q_proj__weight_scale=torch.ones(1))
-    refused("o_proj.g_idx: is not in order though desc_act is false", o_proj__g_idx=torch.arange(48).flip(0).int() // 16)
+    refused("o_proj.g_idx: is not in order, expected input // 16 since desc_act is false",
+            o_proj__g_idx=torch.arange(48).flip(0).int() // 16)
     refused("dtype I64", o_proj__g_idx=torch.arange(48) // 16)
     save_file(tensors, tmp_path / "a/model.safetensors")
     with pytest.raises(HeadsError, match="no minqwen_heads.json"):
@@ -292,12 +322,13 @@ def adapter(path: Path, config: ModelConfig, rank: int = 3, dtype=torch.float64,
             name = f"model.layers.{layer}.{block}.{target}"
             out, inputs = shapes[name + ".weight"]
             for side, shape in (("A", (rank, inputs)), ("B", (out, rank))):
-                tensors[f"base_model.model.{name}.lora_{side}.weight"] = torch.randn(shape, generator=g, dtype=dtype) * 0.2
+                factor = torch.randn(shape, generator=g, dtype=dtype) * 0.2
+                tensors[f"base_model.model.{name}.lora_{side}.weight"] = factor
     path.mkdir()
     save_file(tensors, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path="a", r=rank, lora_alpha=6, bias="none", use_dora=False,
-        target_modules=sorted(TARGETS), modules_to_save=None, lora_dropout=0.0, init_lora_weights=True) | changes))
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path="a", r=rank, lora_alpha=6, bias="none",
+        target_modules=sorted(TARGETS), modules_to_save=None, lora_dropout=0.0, use_dora=False, init_lora_weights=True) | changes))
     return tensors
 
 
@@ -314,11 +345,13 @@ def model(H: int = 6, K: int = 2) -> tuple[ModelConfig, dict]:
     config = ModelConfig(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=H,
                          num_key_value_heads=K, head_dim=8, dtype="float32", tie_word_embeddings=False)
     g = torch.Generator().manual_seed(2)
-    return config, {n: torch.randn(s, generator=g, dtype=torch.float64) * 0.3 for n, s in config.parameter_shapes().items()}
+    shapes = config.parameter_shapes()
+    return config, {n: torch.randn(s, generator=g, dtype=torch.float64) * 0.3 for n, s in shapes.items()}
 
 
 @pytest.mark.parametrize("options", [{"recipe": r, "alpha": 0.3} for r in heads.RECIPES] + [
-    {"num_key_value_heads": 4, "num_attention_heads": 16}, {"num_key_value_heads": 3, "num_attention_heads": 12, "recipe": "split"},
+    {"num_key_value_heads": 4, "num_attention_heads": 16},
+    {"num_key_value_heads": 3, "num_attention_heads": 12, "recipe": "split"},
     {"intermediate_size": 48, "intermediate_block": 4}])
 def test_merging_an_adapter_commutes_with_extending(options, tmp_path):
     config, weights = model()
@@ -331,17 +364,20 @@ def test_merging_an_adapter_commutes_with_extending(options, tmp_path):
     one, other = {n: extend_tensor(n, w, to) for n, w in merged(weights, tensors).items()}, merged(extended, moved)
     for name in one:
         rows = slice(None)
-        if to.recipe == "random" and "q_proj.weight" in name:  # noise is drawn again for the merged weights' spread
+        if to.recipe == "random" and "q_proj.weight" in name:  # noise has the spread of the weights, merged or not
             rows = torch.tensor([h is not None for h in to.heads]).repeat_interleave(to.head_dim)
         assert (one[name][rows] - other[name][rows]).abs().max() <= 1e-12, name
-    run = lambda c, w: Qwen2.from_tensors(c, lambda n, shard: w[n], dtype=torch.float64)(torch.arange(9)[None])
+
+    def run(c: ModelConfig, w: dict) -> torch.Tensor:
+        return Qwen2.from_tensors(c, lambda n, _: w[n], dtype=torch.float64)(torch.arange(9)[None])
+
     expected, got = run(config, merged(weights, tensors)), run(extended_config(config, to), other)
     assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
     before, after = (json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in "lm")
     assert before | {"base_model_name_or_path": "wide"} == after
 
 
-def test_the_adapter_command_and_peft_itself(tmp_path):
+def test_the_adapter_command_and_peft_itself(tool, tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -351,9 +387,10 @@ def test_the_adapter_command_and_peft_itself(tmp_path):
     write_checkpoint(tmp_path / "a", config, ((n, w.float()) for n, w in weights.items()))
     heads.extend(tmp_path / "a", tmp_path / "b", layout(config, 16, 4, recipe="split"))
     adapter(tmp_path / "l", config, dtype=torch.float32)
-    done = subprocess.run([sys.executable, ROOT / "tools/heads.py", "extend-adapter", tmp_path / "l", tmp_path / "m", "--base",
-                           tmp_path / "b"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    code, _, err = tool("extend-adapter", tmp_path / "l", tmp_path / "m", "--base", tmp_path / "b")
+    assert code == 0, err
+    code, _, err = tool("extend-adapter", tmp_path / "l", tmp_path / "n", "--base", tmp_path / "a")
+    assert code == 2 and "minqwen_heads.json" in err and err.count("\n") == 1
     ids, logits = torch.arange(9)[None], []
     for base, lora in (("a", "l"), ("b", "m")):
         net = AutoModelForCausalLM.from_pretrained(tmp_path / base, attn_implementation="eager").double()
@@ -362,17 +399,15 @@ def test_the_adapter_command_and_peft_itself(tmp_path):
         logits.append(net(ids).logits)
         assert (logits[-1] - bare).abs().max() > 0.1  # the adapter does something
     assert (logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max()  # transformers' norms are in float32
-    done = subprocess.run([sys.executable, ROOT / "tools/heads.py", "extend-adapter", tmp_path / "l", tmp_path / "n", "--base",
-                           tmp_path / "a"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "minqwen_heads.json" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_adapters_that_are_no_plain_lora_are_refused(tmp_path):
     config, _ = model()
     to = layout(config, 8)
-    for i, (change, said) in enumerate([({"use_dora": True}, "use_dora is True"), ({"bias": "all"}, "bias is 'all'"),
-                                        ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"peft_type": "IA3"}, "LORA"),
-                                        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'")]):
+    cases = [({"use_dora": True}, "use_dora is True"), ({"bias": "all"}, "bias is 'all'"),
+             ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"peft_type": "IA3"}, "LORA"),
+             ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'")]
+    for i, (change, said) in enumerate(cases):
         adapter(tmp_path / f"l{i}", config, **change)
         with pytest.raises(HeadsError) as error:
             extend_adapter(tmp_path / f"l{i}", tmp_path / "m", to)
