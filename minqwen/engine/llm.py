@@ -65,7 +65,8 @@ class LLM:
     block_size: tokens per page, 1 to 256. The cache holds `num_blocks` pages, or `kv_cache_bytes` per rank, or
     what `gpu_memory_utilization` leaves; on a CPU, at most a fifth of the memory that is free. max_num_seqs and
     max_num_batched_tokens bound a step. enable_prefix_caching: reuse what earlier requests computed. seed: of
-    requests that have none of their own; None draws one. Raises MinqwenError for what cannot work.
+    requests that have none of their own; None draws one. check_finite: refuse weights with NaN or infinity.
+    Raises MinqwenError for what cannot work.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         enable_prefix_caching: bool = True,
         seed: int | None = None,
+        check_finite: bool = False,
         progress: bool = False,
     ):
         if isinstance(model, Qwen2):
@@ -95,7 +97,8 @@ class LLM:
             self.mesh = mesh or Mesh.from_env(device)
             self.tokenizer = tokenizer or Tokenizer.from_dir(model)
             self.model = load_pretrained(
-                model, dtype=dtype, device=device, arithmetic=arithmetic, mesh=self.mesh, progress=progress
+                model, dtype=dtype, device=device, arithmetic=arithmetic, mesh=self.mesh,
+                check_finite=check_finite, progress=progress,
             )
             self.defaults = GenerationDefaults.from_dir(model, self.model.config)
         self.config = self.model.config
