@@ -144,6 +144,7 @@ def _write_weights(tmp: Path, plan: dict, tensors: Iterable[tuple[str, torch.Ten
             f.seek(place)
             while data:  # one call writes at most 2 GiB
                 data = data[f.write(data):]
+        del tensor, data  # or it would stay while the next one is made
     if waiting:
         raise CheckpointError(f"tensor {_q(next(iter(waiting)))} was not given{_more(list(waiting))}, "
                               f"expected all {len(known)} that the config describes")

@@ -75,7 +75,10 @@ class Embedding(nn.Module):
         if self.mesh.size == 1:
             return F.embedding(ids, self.weight)
         mine = (ids >= self.rows.start) & (ids < self.rows.stop)
-        x = F.embedding((ids - self.rows.start).where(mine, 0), self.weight)
+        if len(self.rows):
+            x = F.embedding((ids - self.rows.start).where(mine, 0), self.weight)
+        else:  # a small vocabulary on many ranks may leave the last ones without a row
+            x = self.weight.new_zeros(*ids.shape, self.weight.shape[1])
         return self.mesh.all_reduce(x.masked_fill(~mine[..., None], 0))  # one term is not zero: no rounding
 
 
