@@ -175,6 +175,34 @@ def test_checkpoints_there_and_back_and_in_transformers(embedded, tmp_path, embe
         assert all(torch.equal(a.read(n), b.read(n)) and a.dtype(n) == b.dtype(n) for n in a.names)
 
 
+def test_a_killed_extension_goes_on_where_it_was(embedded, tmp_path, monkeypatch):
+    to = layout(ModelConfig.from_json(embedded), 32)
+    code = f"""
+import os, signal
+from minqwen.lab import heads
+from minqwen import ModelConfig
+real, calls = heads.extend_tensor, []
+def mortal(*args):
+    calls.append(1)
+    if len(calls) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+heads.extend_tensor = mortal
+heads.extend({str(embedded)!r}, {str(tmp_path / "wide")!r}, heads.layout(ModelConfig.from_json({str(embedded)!r}), 32))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -9 and not (tmp_path / "wide").exists()
+    extended_again = []
+    monkeypatch.setattr(heads, "extend_tensor", lambda n, *a: extended_again.append(n) or extend_tensor(n, *a))
+    heads.extend(embedded, tmp_path / "wide", to)
+    heads.extend(embedded, tmp_path / "whole", to)
+    total = len(Checkpoint(embedded).names)
+    assert len(extended_again) == (total - 19) + total
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole", "wide"]
+    for file in sorted(p.name for p in (tmp_path / "whole").iterdir()):
+        assert (tmp_path / "wide" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
 @pytest.mark.parametrize("name, slot", [("q_proj.weight", 7), ("q_proj.bias", 15), ("o_proj.weight", 7), ("o_proj.weight", 31)])
 def test_one_ulp_of_drift_is_refused(name, slot):
     config, weights = random_model(28, 4, d=2)

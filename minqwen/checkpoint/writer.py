@@ -38,7 +38,8 @@ _NOT_COPIED = re.compile(r"config\.json|quantize_config\.json|adapter_config\.js
 def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]],
                      max_shard_bytes: int = MAX_SHARD_BYTES, sources: str | os.PathLike | None = None,
                      extra_files: Mapping[str, bytes | str | Callable[[], bytes | str]] | None = None,
-                     dtypes: Mapping[str, torch.dtype] | None = None, omit: Iterable[str] = ()) -> None:
+                     dtypes: Mapping[str, torch.dtype] | None = None, omit: Iterable[str] = (),
+                     resume: str | None = None) -> None:
     """Writes config.json, the weight files, their index if there are several, and companion files.
 
     tensors      (name, tensor) pairs in any order, each of config.parameter_shapes() once and nothing else,
@@ -46,6 +47,9 @@ def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Itera
     sources      a directory whose tokenizer, generation_config and licence files are copied
     extra_files  {plain file name: content}, over those; a function is asked when all tensors have come
     omit         names of files in sources that are not copied
+    resume       a name for this very content: a writer that was killed or interrupted, or filled the disk,
+                 leaves what it had, and the next with the same name goes on from there. tensors is then a
+                 function of the set of names that are written already, and gives the others
     A dst that exists is replaced only if it is a checkpoint and nothing else. Raises CheckpointError, for
     a tensor that does not fit, a dst that must not be replaced or a full disk; dst is then as it was.
     """
@@ -55,22 +59,24 @@ def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Itera
         if not _EXTRA.fullmatch(name):
             raise _bad(dst, f"extra file {_q(name)} is refused, expected a plain file name that is not "
                        "config.json, a weight file or their index")
-    tmp = dst.parent / f".{dst.name}.tmp-{os.getpid()}"
-    lock = None
+    tmp = dst.parent / f".{dst.name}.tmp-{resume or os.getpid()}"
+    lock, keep = None, False
     try:
         _refuse_foreign(dst)
         dst.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(dst)
+        _remove_stale(dst, keep=tmp)
         need, free = sum(size for _, size, _ in plan.values()), shutil.disk_usage(dst.parent).free
-        if need > free:
+        if need > free and not tmp.exists():
             raise _bad(dst, f"the disk has {free} bytes free, expected at least {need}; make room")
-        tmp.mkdir()
+        tmp.mkdir(exist_ok=resume is not None)
         lock = os.open(tmp, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)  # held exactly as long as this process lives: see _remove_stale
+        keep = resume is not None
         if sources is not None:
             _copy_companions(Path(sources), tmp, set(omit))
         config.save(tmp)
-        _write_weights(tmp, plan, tensors)
+        _write_weights(tmp, plan, tensors, resumable=keep)
+        keep = False
         for name, content in (extra_files or {}).items():
             content = content() if callable(content) else content
             (tmp / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -78,12 +84,16 @@ def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Itera
         for path in (*tmp.iterdir(), tmp):
             _flush(path)
         _put_in_place(tmp, dst)
+    except CheckpointError:
+        keep = False  # wrong content does not get better by going on
+        raise
     except OSError as e:
         raise _bad(dst, f"could not be written: {e.strerror or e}{f' ({e.filename})' if e.filename else ''}; "
                    "what was there is as it was") from None
     finally:
         if lock is not None:
-            shutil.rmtree(tmp, ignore_errors=True)  # half a checkpoint, or, after the exchange, the old one
+            if not keep:
+                shutil.rmtree(tmp, ignore_errors=True)  # half a checkpoint, or, after the exchange, the old one
             os.close(lock)
 
 
@@ -120,12 +130,22 @@ def plan_shards(config: ModelConfig, max_shard_bytes: int = MAX_SHARD_BYTES,
     return plan
 
 
-def _write_weights(tmp: Path, plan: dict, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    for file, (header, size, _) in plan.items():
-        (tmp / file).write_bytes(header)
-        os.truncate(tmp / file, size)
+JOURNAL = ".written"  # names of the tensors that are on the disk, one a line
+
+
+def _write_weights(tmp: Path, plan: dict, tensors, resumable: bool = False) -> None:
+    journal, done = tmp / JOURNAL, set()
+    if journal.exists() and all((tmp / f).is_file() and (tmp / f).stat().st_size == size for f, (_, size, _) in plan.items()):
+        done = set(journal.read_text().split("\n")[:-1])  # a last line without its end was not finished
+    else:
+        for file, (header, size, _) in plan.items():
+            (tmp / file).write_bytes(header)
+            os.truncate(tmp / file, size)
+    if resumable:
+        tensors = tensors(done)
     waiting = {name: (file, *at) for file, (_, _, places) in plan.items() for name, at in places.items()}
     known = set(waiting)
+    waiting = {name: at for name, at in waiting.items() if name not in done}
     if len(plan) > 1:
         total = sum(size - len(header) for header, size, _ in plan.values())
         index = {"metadata": {"total_size": total}, "weight_map": {n: waiting[n][0] for n in sorted(known)}}
@@ -144,7 +164,13 @@ def _write_weights(tmp: Path, plan: dict, tensors: Iterable[tuple[str, torch.Ten
             f.seek(place)
             while data:  # one call writes at most 2 GiB
                 data = data[f.write(data):]
+            if resumable:
+                os.fsync(f.fileno())
+        if resumable:
+            with open(journal, "a") as f:
+                f.write(f"{name}\n")
         del tensor, data  # or it would stay while the next one is made
+    journal.unlink(missing_ok=True)
     if waiting:
         raise CheckpointError(f"tensor {_q(next(iter(waiting)))} was not given{_more(list(waiting))}, "
                               f"expected all {len(known)} that the config describes")
@@ -174,9 +200,11 @@ def _copy_companions(source: Path, tmp: Path, omit: set[str]) -> None:
             shutil.copyfile(p, tmp / p.name)
 
 
-def _remove_stale(dst: Path) -> None:
+def _remove_stale(dst: Path, keep: Path) -> None:
     """Removes what killed writers to this destination left; a live one holds a lock on its directory."""
     for name in glob.glob(f".{glob.escape(dst.name)}.tmp-*", root_dir=dst.parent):
+        if name == keep.name:
+            continue
         try:
             fd = os.open(dst.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

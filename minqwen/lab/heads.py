@@ -298,7 +298,8 @@ def extended_config(config: ModelConfig, to: Layout, arch: str = "qwen2") -> Mod
 
 def extend(src: str | Path, dst: str | Path, to: Layout, *, arch: str = "qwen2", max_shard_bytes: int = 4 * 10**9,
            progress: bool = False) -> None:
-    """Write the checkpoint `src` in the layout `to`, one tensor in memory at a time, atomically.
+    """Write the checkpoint `src` in the layout `to`, one tensor in memory at a time, atomically. After a kill, an
+    interrupt or a full disk, the same call goes on where it was.
 
     dst gets sharded safetensors, a config with explicit head_dim, the tokenizer's files and minqwen_heads.json:
     the layout, and a SHA-256 of every source tensor, from which `shrink` restores the source. Raises HeadsError
@@ -314,15 +315,19 @@ def extend(src: str | Path, dst: str | Path, to: Layout, *, arch: str = "qwen2",
     bar = tqdm(total=len(source.names), desc="extending", unit="tensor", leave=False,
                disable=None if progress else True)
 
-    def tensors():
+    def tensors(done: set[str]):
+        bar.update(len(done))
         for name in config.parameter_shapes():
             if name.endswith("o_proj.bias"):  # only the llama layout has it
-                yield name, torch.zeros(config.hidden_size, dtype=source.dtype(name.replace(".bias", ".weight")))
+                if name not in done:
+                    dtype = source.dtype(name.replace(".bias", ".weight"))
+                    yield name, torch.zeros(config.hidden_size, dtype=dtype)
                 continue
             tensor = source.read(name)
             digests[name] = sha256(tensor)
-            yield name, extend_tensor(name, tensor, to)
-            bar.update()
+            if name not in done:
+                yield name, extend_tensor(name, tensor, to)
+                bar.update()
 
     def manifest() -> str:  # written last, when the digests are known
         return json.dumps({"format": 1, "layout": to.to_dict(), "arch": arch, "source_config": source.config.to_dict(),
@@ -330,8 +335,11 @@ def extend(src: str | Path, dst: str | Path, to: Layout, *, arch: str = "qwen2",
 
     with bar:
         dtypes = {name: source.dtype(name) for name in source.names}
-        write_checkpoint(dst, config, tensors(), max_shard_bytes=max_shard_bytes, sources=src,
-                         extra_files={MANIFEST: manifest}, dtypes=dtypes)
+        files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(src).glob("*.safetensors"))
+        content = json.dumps([to.to_dict(), arch, config.to_dict(), files, max_shard_bytes])
+        write_checkpoint(dst, config, tensors, max_shard_bytes=max_shard_bytes, sources=src,
+                         extra_files={MANIFEST: manifest}, dtypes=dtypes,
+                         resume=hashlib.sha256(content.encode()).hexdigest()[:16])
 
 
 def read_manifest(path: str | Path) -> dict | None:
