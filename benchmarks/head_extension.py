@@ -3,10 +3,11 @@
 
   python tools/make_checkpoint.py --size 0.5B /tmp/qwen05b && python benchmarks/head_extension.py /tmp/qwen05b
 
-First the count (parameters, bytes, multiply-adds; no run needed), then the clock: each round times the original
-and the extension one after the other, in alternating order, and the table gives medians and the median of the
-rounds' ratios extended / original (above 1: the extension is slower). Both go through the engine. Besides the
-clock on the wall it gives the processor time of this process, which other work on the machine disturbs less.
+First the count (parameters, bytes, multiply-adds; no run needed), then the clock: each round times the
+original and the extension one after the other, in alternating order, and the table gives medians and the
+median of the rounds' ratios extended / original (above 1: the extension is slower). Both go through the
+engine. Besides the clock on the wall it gives the processor time of this process, which other work on the
+machine disturbs less.
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def clocks() -> tuple[float, float]:
 
 
 def timed(llm: LLM, ids: list[list[int]], steps: int) -> tuple[float, float]:
-    """(wall, processor) seconds of the prefill of `ids` if steps is 0, otherwise of each decode step after it."""
+    """(wall, processor) seconds of the prefill of `ids` if steps is 0, else of each decode step after."""
     params = SamplingParams(temperature=0, max_tokens=steps + 1, ignore_eos=True)
     start = clocks()
     for row in ids:
@@ -46,15 +47,17 @@ def timed(llm: LLM, ids: list[list[int]], steps: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a checkpoint directory")
-    parser.add_argument("--num-attention-heads", type=int, metavar="N", help="default: the next multiple of 16")
+    parser.add_argument("--num-attention-heads", type=int, metavar="N",
+                        help="default: the next multiple of 16")
     parser.add_argument("--num-key-value-heads", type=int, metavar="N")
     parser.add_argument("--recipe", choices=list(heads.RECIPES), default="ghost")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--prefill", type=int, default=256, metavar="N", help="tokens of the prefill (default 256)")
-    parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens before the decode (default 256)")
-    parser.add_argument("--steps", type=int, default=16, metavar="N", help="decode steps per round (default 16)")
+    parser.add_argument("--prefill", type=int, default=256, metavar="N", help="tokens of the prefill")
+    parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens before the decode")
+    parser.add_argument("--steps", type=int, default=16, metavar="N", help="decode steps per round")
     parser.add_argument("--batches", type=int, nargs="+", default=[1], metavar="B")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
     args = parser.parse_args()
@@ -71,7 +74,8 @@ def main() -> int:
         "bytes of weights": [c.weight_bytes(args.dtype) for c in (config, target)],
         "bytes of cache per token": [c.kv_bytes_per_token(args.dtype) for c in (config, target)],
         f"FLOPs per token at {args.context}": [c.flops_per_token(args.context) for c in (config, target)],
-        f"attention MACs per layer at {args.context}": [heads.attention_macs(c, args.context) for c in (config, target)],
+        f"attention MACs per layer at {args.context}": [heads.attention_macs(c, args.context)
+                                                        for c in (config, target)],
     }
     print(f"{'':32}{'original':>16}{'extended':>16}{'ratio':>8}")
     for name, (a, b) in counts.items():
@@ -101,7 +105,8 @@ def main() -> int:
         for which, clock in enumerate(("wall", "processor")):
             a, b = (statistics.median(r[i][which] for r in rounds) for i in (0, 1))
             low, ratio, high = statistics.quantiles([r[1][which] / r[0][which] for r in rounds], n=4)
-            print(f"{job + ', ' + clock:32}{a * 1e3:13.1f} ms{b * 1e3:13.1f} ms{ratio:8.3f}{low:9.3f} - {high:.3f}")
+            print(f"{job + ', ' + clock:32}{a * 1e3:13.1f} ms{b * 1e3:13.1f} ms{ratio:8.3f}"
+                  f"{low:9.3f} - {high:.3f}")
     return 0
 
 
