@@ -228,12 +228,14 @@ def test_mutations_are_seen():
         return {**w, p + name: blocks.index_select(dim, torch.tensor(index)).flatten(dim, dim + 1)}
 
     mutations = {
+        "a dropped k bias": {**right, p + "k_proj.bias": torch.zeros_like(right[p + "k_proj.bias"])},
         "a dropped bias": {**right, p + "q_proj.bias": torch.zeros_like(right[p + "q_proj.bias"])},
         "two slots swapped": swapped(swapped(swapped(right, "q_proj.weight", 0), "q_proj.bias", 0), "o_proj.weight", 1),
         "one column not split": {**right, p + "o_proj.weight": right[p + "o_proj.weight"].clone()},
     }
     mutations["one column not split"][p + "o_proj.weight"][:, 0:8] *= 2
     assert inspect_layer(config, c, weights.__getitem__, right.__getitem__, 1).right
+    assert inspect_layer(config, c, weights.__getitem__, mutations["a dropped k bias"].__getitem__, 1).wrong_kv_bias == [0, 1, 2, 3]
     for name, w in mutations.items():
         assert not inspect_layer(config, c, weights.__getitem__, w.__getitem__, 1).right, name
         assert inspect_layer(config, c, weights.__getitem__, w.__getitem__, 0).right

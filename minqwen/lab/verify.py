@@ -34,11 +34,12 @@ class LayerMap:
     wrong_kv: list[int]  # heads of A that contribute through another head's keys and values
     wrong_sum: dict[int, float]  # head of A -> relative error of the sum of its slots' o_proj columns
     wrong_bias: list[int]  # slots whose q bias is not their head's
+    wrong_kv_bias: list[int]  # KV slots whose k or v bias is not their head's
     stray: list[int]  # slots that hold no head of A but add to the output
 
     @property
     def right(self) -> bool:
-        return not (self.wrong_kv or self.wrong_sum or self.wrong_bias or self.stray)
+        return not (self.wrong_kv or self.wrong_sum or self.wrong_bias or self.wrong_kv_bias or self.stray)
 
 
 def inspect_layer(config_a: ModelConfig, config_b: ModelConfig, read_a, read_b, layer: int) -> LayerMap:
@@ -51,13 +52,14 @@ def inspect_layer(config_a: ModelConfig, config_b: ModelConfig, read_a, read_b, 
     def parts(read, name: str, count: int) -> Tensor:
         return read(p + name).double().reshape(count, -1)
 
-    heads = nearest(parts(read_b, "q_proj.weight", H2), parts(read_a, "q_proj.weight", H))
     keys = nearest(parts(read_b, "k_proj.weight", K2), parts(read_a, "k_proj.weight", K))
     values = nearest(parts(read_b, "v_proj.weight", K2), parts(read_a, "v_proj.weight", K))
     kv = [k if k == v else None for k, v in zip(keys, values)]
-    for name in ("k_proj.bias", "v_proj.bias"):
-        bias_a, bias_b = parts(read_a, name, K), parts(read_b, name, K2)
-        kv = [k if k is not None and close(bias_b[s], bias_a[k]) else None for s, k in enumerate(kv)]
+    # Of heads with equal q rows, the one whose keys the slot reads: two heads of a model may be copies.
+    readers = [[h for h in range(H) if kv[j // G2] == h // G] for j in range(H2)]
+    heads = nearest(parts(read_b, "q_proj.weight", H2), parts(read_a, "q_proj.weight", H), readers)
+    wrong_kv_bias = sorted({s for name in ("k_proj.bias", "v_proj.bias") for s, k in enumerate(kv) if k is not None
+                            and not close(parts(read_b, name, K2)[s], parts(read_a, name, K)[k])})
     o_a = read_a(p + "o_proj.weight").double().unflatten(1, (H, d)).transpose(0, 1).flatten(1)  # [H, D d]
     o_b = read_b(p + "o_proj.weight").double().unflatten(1, (H2, d)).transpose(0, 1).flatten(1)
     bias_a, bias_b = parts(read_a, "q_proj.bias", H), parts(read_b, "q_proj.bias", H2)
@@ -72,15 +74,20 @@ def inspect_layer(config_a: ModelConfig, config_b: ModelConfig, read_a, read_b, 
         sorted({h for j, h in enumerate(heads) if h is not None and used[j] and kv[j // G2] != h // G}),
         {h: float((sums[h] - o_a[h]).norm() / o_a[h].norm()) for h in range(H) if not close(sums[h], o_a[h])},
         [j for j, h in enumerate(heads) if h is not None and used[j] and not close(bias_b[j], bias_a[h])],
+        wrong_kv_bias,
         [j for j, h in enumerate(heads) if h is None and used[j]],
     )
 
 
-def nearest(rows: Tensor, heads: Tensor) -> list[int | None]:
-    """For each row block the head it is a copy of, to a relative distance of 1 %, or None."""
+def nearest(rows: Tensor, heads: Tensor, preferred: list[list[int]] | None = None) -> list[int | None]:
+    """For each row block the head it is a copy of, to a relative distance of 1 %, or None; `preferred` first."""
     gap = torch.cdist(rows, heads) / heads.norm(dim=1).clamp_min(1e-300)
-    best = gap.argmin(1)
-    return [int(h) if float(gap[j, h]) < 0.01 else None for j, h in enumerate(best)]
+    found: list[int | None] = []
+    for j in range(len(rows)):
+        first = [h for h in (preferred[j] if preferred else []) if float(gap[j, h]) < 0.01]
+        best = min(first or range(len(heads)), key=lambda h: float(gap[j, h]))
+        found.append(best if float(gap[j, best]) < 0.01 else None)
+    return found
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -162,8 +169,8 @@ def compare(a: Qwen2, b: Qwen2, truth: Qwen2, ids: Tensor, maps: list[LayerMap],
                     worst[head] = max(float(worst[head]), rms(xb[:, :, n] - xt[:, :, n]) / own)
                 head_errors.append(worst.tolist())
             exact = a.ops.name == "exact"
-            differs = not torch.equal(xa, xb) if exact else rms(xb - xt) > 2 * rms(xo - xt) * unit + 1e-300
-            if first is None and differs and not (exact is False and rms(xb - xa) == 0):
+            differs = not torch.equal(xa, xb) if exact else not rms(xb - xt) <= 2 * rms(xo - xt) * unit + 1e-300
+            if first is None and differs and not (not exact and rms(xb - xa) == 0):
                 first = (i, stage)
     bitwise = torch.equal(*logits[:2])
     units = error_b / error_a if error_a else (0.0 if bitwise else math.inf)
@@ -212,6 +219,9 @@ def problems(maps: list[LayerMap]) -> list[str]:
     if sums:
         found.append(f"the o_proj columns of query heads {sums} do not add up to the original's "
                      f"(largest relative error {max(max(m.wrong_sum.values(), default=0) for m in maps):.2g})")
+    kv_bias = sorted({s for m in maps for s in m.wrong_kv_bias})
+    if kv_bias:
+        found.append(f"the k or v bias of KV slots {kv_bias} is not that of the head they hold")
     bias = sorted({j for m in maps for j in m.wrong_bias})
     if bias:
         found.append(f"the q bias of slots {bias} is not that of the head they hold")
@@ -233,16 +243,22 @@ def as_html(report: Report, title: str) -> str:
             ("top-1 agreement", f"{report.top1:.2%}"), ("perplexity ratio", f"{report.perplexity_ratio:.4g}"),
             ("greedy text the same", "yes" if report.greedy_match else "no"),
             ("first difference", "none" if report.first_stage is None else f"layer {report.first_layer}, {report.first_stage}"),
-            ("parameters added", f"{report.parameters:,}"), ("KV cache, bytes per token", f"{report.kv_bytes:,}")]
+            ("mean difference of logits; cosine", f"{report.mean_abs:.3g}; {report.cosine:.9f}"),
+            ("attention's multiply-adds", ", ".join(f"{x - 1:+.1%} at {int(n):,}" for n, x in report.attention_macs.items())),
+            ("parameters added", f"{report.parameters:+,}"), ("KV cache, bytes per token", f"{report.kv_bytes:,}")]
     facts = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
-    layer = report.layers[0]
+    rules = ("wrong_kv", "wrong_sum", "wrong_bias", "wrong_kv_bias", "stray")
+    layer = next((m for m in report.layers if any(m[r] for r in rules)), report.layers[0])  # the first that is wrong
+    readers = (max(h for h in layer["heads"] if h is not None) + 1) // (max(k for k in layer["kv"] if k is not None) + 1)
     group = len(layer["heads"]) // len(layer["kv"])
     slots = ""
     for s, source in enumerate(layer["kv"]):
         cells = ""
         for j in range(s * group, (s + 1) * group):
             head, share = layer["heads"][j], layer["shares"][j]
-            bad = head in layer["wrong_kv"] or j in layer["wrong_bias"] or j in layer["stray"] or head in layer["wrong_sum"]
+            misplaced = head is not None and abs(share) > 1e-3 and source != head // readers
+            bad = misplaced or j in layer["wrong_bias"] or j in layer["stray"] or head in layer["wrong_sum"]
+            bad = bad or s in layer["wrong_kv_bias"]
             kind = "bad" if bad else "new" if abs(share) < 1e-3 else "live"
             name = "&middot;" if head is None else head
             part = "" if abs(share) < 1e-3 or abs(share - 1) < 1e-3 else f"<small>&times;{share:.3g}</small>"
@@ -252,7 +268,7 @@ def as_html(report: Report, title: str) -> str:
     for i, errors in enumerate(report.head_errors):
         cells = ""
         for h, e in enumerate(errors):
-            strength = min(1.0, max(0.0, math.log10(max(e, 1e-9) / ROUNDING) / 4)) if e > ROUNDING else 0.0
+            strength = min(1.0, max(0.0, math.log10(max(e, 1e-9) / ROUNDING) / 6)) if e > ROUNDING else 0.0
             cells += f'<td title="layer {i}, head {h}: {e:.3g}" style="background:rgba(180,35,24,{strength:.2f})"></td>'
         heat += f"<tr><th>{i}</th>{cells}</tr>"
     said = "".join(f"<li>{html.escape(p)}</li>" for p in report.problems) or "<li>every rule is kept</li>"
@@ -265,7 +281,7 @@ th{{text-align:left;font-weight:500;padding:.15rem .8rem .15rem 0;white-space:no
 <h1>{html.escape(title)}: <strong>{report.verdict}</strong></h1>
 <p>{report.dtype}, {report.arithmetic} arithmetic. The unit is the error that the original itself makes against float64.</p>
 <table>{facts}</table><h2>Rules</h2><ul>{said}</ul>
-<h2>Slot map, layer 0</h2><table class="map">{slots}</table>
+<h2>Slot map, layer {layer["layer"]}</h2><table class="map">{slots}</table>
 <p><small>Green: a head of the original. Grey: a new slot that adds nothing. Red: a rule is broken.</small></p>
 <h2>Error of each head's output, by layer (rows) and head of the original (columns)</h2><table class="heat">{heat}</table>
 <p><small>White: at most {ROUNDING} times the original's own error. Red: more, on a logarithmic scale.</small></p>
