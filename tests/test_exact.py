@@ -391,9 +391,9 @@ def test_page_size_and_placement(models, dtype, monkeypatch):
     sequences = ragged(4, 130, seed=4)
     for model, equal in arithmetics(models, dtype):
         expected = alone(model, sequences)
-        equals = [same(paged(model, sequences, lambda i, done: 50, size, seed), expected)
+        equals = [same(paged(model, sequences, lambda i, done: 9, size, seed), expected)
                   for seed, size in enumerate((1, 7, 16, 128, 1, 128))]
-        # native gathers pages into the same matrices, so it is being cached at all that moves its bits
+        # native gathers pages into the same matrices: it is the steps, 9 tokens at a time, that move its bits
         assert all(equals) if equal else not all(equals)
     for scores in (1, 30_000):  # tiles of rows
         monkeypatch.setattr(Exact, "most_scores", scores)
