@@ -306,7 +306,7 @@ def test_repeats_itself_on_other_shapes_in_between():
 @pytest.mark.parametrize("changes, B, T", [c[1:] for c in CONFIGURATIONS[::6]],
                          ids=[c[0] for c in CONFIGURATIONS[::6]])
 def test_float64_is_the_truth(changes, B, T):
-    hf = oracle(seed=T, **changes)
+    hf = oracle(seed=T, **changes | dict(initializer_range=0.05))  # larger weights only magnify the roundings
     ids = tokens(hf, B, T)
     weights = {name: p.double().numpy() for name, p in hf.state_dict().items()}
     truth = np.stack([numpy_qwen2.qwen2(hf.config.to_dict(), weights, row) for row in ids.numpy()])
@@ -314,10 +314,10 @@ def test_float64_is_the_truth(changes, B, T):
     mine = ours(hf, torch.float64)(ids)
     assert mine.dtype == torch.float64 and error(mine, truth) < 1e-12
     # What the narrower types lose: rounding, and no more than a few dozen of their units.
-    assert 1e-9 < error(ours(hf)(ids), truth) < 64 * torch.finfo(torch.float32).eps
+    assert 1e-9 < error(ours(hf)(ids), truth) < 32 * torch.finfo(torch.float32).eps
     hf = cast(hf, torch.bfloat16)  # rounding the weights too is another function
     truth = ours(hf, torch.float64)(ids)
-    assert 1e-5 < error(ours(hf)(ids), truth) < 16 * torch.finfo(torch.bfloat16).eps
+    assert 1e-5 < error(ours(hf)(ids), truth) < 6 * torch.finfo(torch.bfloat16).eps
 
 
 class Spy(TorchDispatchMode):
@@ -677,7 +677,7 @@ def test_names_are_transformers(tied):
 
 
 def test_a_tied_head_has_two_names_in_a_state_dict_and_one_in_a_checkpoint():
-    """load_state_dict is as strict as transformers' and wants both; from_tensors and from_pretrained want one."""
+    """load_state_dict wants both, as transformers' does; from_tensors and from_pretrained want the one."""
     hf = oracle(tie_word_embeddings=True)
     model = ours(hf)
     assert "lm_head.weight" not in model.config.parameter_shapes()
