@@ -200,10 +200,10 @@ def _copy_companions(source: Path, tmp: Path, omit: set[str]) -> None:
             shutil.copyfile(p, tmp / p.name)
 
 
-def _remove_stale(dst: Path, keep: Path) -> None:
+def _remove_stale(dst: Path, keep: Path | None = None) -> None:
     """Removes what killed writers to this destination left; a live one holds a lock on its directory."""
     for name in glob.glob(f".{glob.escape(dst.name)}.tmp-*", root_dir=dst.parent):
-        if name == keep.name:
+        if keep is not None and name == keep.name:
             continue
         try:
             fd = os.open(dst.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
