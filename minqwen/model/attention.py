@@ -40,6 +40,7 @@ def dense_attention(ops, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: f
     B, L, G = len(batch.query_lens), batch.query_lens[0], q.shape[1] // k.shape[1]
     k, v = ops.cached(k, v)  # what a cache would hold
     q, k, v = (x.unflatten(0, (B, L)).transpose(1, 2) for x in (q, k, v))  # [B, heads, L, d]
+    k, v = k.contiguous(), v.contiguous()  # as transformers' cache hands them on
     if G > 1:  # key/value head j serves query heads j G .. j G + G - 1; expanded, not repeat_interleave'd, because
         # the strides of transformers' keys decide which kernel multiplies them, and so their last bits
         k, v = (x.unsqueeze(2).expand(-1, -1, G, -1, -1).flatten(1, 2) for x in (k, v))
@@ -71,6 +72,8 @@ def paged_attention(
         groups = q[rows].view(count, R, K, H // K, d).permute(0, 2, 3, 1, 4)  # [count, K, G, R, d]
         at = batch.positions[rows].view(count, R, 1)
         visible = torch.arange(L, device=q.device) <= at  # [count, R, L]
+        if count > 1 and min(lengths) < L:  # 0 * NaN is NaN: what lies beyond a context is none of its business
+            vs = vs.masked_fill(~visible.unsqueeze(-1), 0)  # decodes, R = 1: [count, 1, L, 1]
         tile = max(1, min(SCORES_BUDGET, ops.most_scores) // (count * H * L)) if tap.tiles else R
         out = z[rows].view(count, R, K, H // K, d).permute(0, 2, 3, 1, 4)
         for r in range(0, R, tile):

@@ -254,7 +254,8 @@ class Qwen2(nn.Module):
     def rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, d] of the batch's positions, from a table that grows when it must."""
         length = max(batch.context_lens)
-        if self._rotary is None or len(self._rotary[0]) < length or self._rotary[0].dtype != self.dtype:
+        table = None if self._rotary is None else self._rotary[0]
+        if table is None or len(table) < length or (table.dtype, table.device) != (self.dtype, self.device):
             length = 1 << (length - 1).bit_length()
             tables = self.ops.rotary_table(self.config, length, self.dtype)
             self._rotary = tuple(table.to(self.device) for table in tables)
