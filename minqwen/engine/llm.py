@@ -10,8 +10,9 @@ import os
 import secrets
 import time
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from minqwen.model.trace import UNTRACED, Seen, Tap, select
 from minqwen.parallel import Mesh
 from minqwen.tokenizer import IncrementalDecoder, Tokenizer
 
-Prompt = str | list[int]
+Prompt = str | list[int]  # or anything with `tolist`: an array, a tensor
 
 
 @dataclass(eq=False)
@@ -42,6 +43,7 @@ class Request:
     salt: str | None
     sequences: list[Sequence] = field(default_factory=list)
     forked: bool = False
+    awaited: bool = False  # by generate or stream, which read the output themselves: `step` need not report it
     trace: set[str] = field(default_factory=set)  # the points that the caller wants to see
 
 
@@ -117,6 +119,8 @@ class LLM:
         self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens)
         self.requests: dict[str, Request] = {}
         self.arrivals = itertools.count()
+        self.news: dict[str, RequestOutput] = {}  # what `step` has not reported yet
+        self.tokens_generated = 0
         self._compiler: ConstraintCompiler | None = None  # made when first needed
         self.seeds = itertools.count(self._entropy() if seed is None else seed)
 
@@ -133,56 +137,58 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt (text or token ids); outputs in the order of the prompts.
 
-        trace: names of points, as in `Qwen2.run_with_cache`, to have in each completion's `trace`.
+        trace: names of points, as in `Qwen2.run_with_cache`, to have in each completion's `trace`. Requests that
+        were added before go on meanwhile; the next `step` reports what became of them.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts, list) and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        prompts = list(prompts)
+        prompts = [prompts] if is_prompt(prompts) else list(prompts)
         many = isinstance(sampling_params, (list, tuple))
         params = list(sampling_params) if many else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
             raise SamplingError(f"{len(params)} sampling_params for {len(prompts)} prompts, expected one each or one")
-        ids = []
-        bar = tqdm(total=len(prompts), desc="requests", disable=None if use_tqdm and self.mesh.rank == 0 else True, leave=False)
-        started, tokens = time.perf_counter(), 0
+        requests: list[Request] = []
+        bar = tqdm(total=len(prompts), desc="requests", leave=False,
+                   disable=None if use_tqdm and self.mesh.rank == 0 else True)
         try:
             for prompt, p in zip(prompts, params):
-                ids.append(self.add_request(prompt, p, cache_salt=cache_salt, trace=trace))
-            done: dict[str, RequestOutput] = {}
-            mine = set(ids)
-            while len(done) < len(ids):
-                for output in self.step():
-                    if output.finished and output.request_id in mine:
-                        done[output.request_id] = output
-                        tokens += sum(len(o.token_ids) for o in output.outputs)
-                        bar.update()
-                        bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.1f} tokens/s")
+                request_id = self.add_request(prompt, p, cache_salt=cache_salt, trace=trace)
+                requests.append(self.requests[request_id])
+                requests[-1].awaited = True
+            started, before, shown = time.perf_counter(), self.tokens_generated, 0.0
+            while not all(r.output.finished for r in reversed(requests)):
+                self._advance()
+                now = time.perf_counter()
+                if now > shown + 0.1:
+                    bar.n, shown = sum(r.output.finished for r in requests), now
+                    bar.set_postfix_str(f"{(self.tokens_generated - before) / (now - started):.1f} tokens/s")
         finally:
             bar.close()
-            for i in ids:
-                self.abort(i)
-        for i in ids:
-            if done[i].error:
-                raise MinqwenError(f"request {i}: {done[i].error}")
-        return [done[i] for i in ids]
+            for request in requests:
+                self.abort(request.output.request_id)
+        for request in requests:
+            if request.output.error:
+                raise MinqwenError(f"request {request.output.request_id}: {request.output.error}")
+        return [request.output for request in requests]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options) -> Iterator[str]:
-        """Complete one prompt, piece of text by piece: never half a character, never part of a stop string."""
-        request_id, shown = self.add_request(prompt, sampling_params, **options), 0
-        if self.requests[request_id].params.n != 1:
-            self.abort(request_id)
-            raise SamplingError("n is more than 1: a stream is one completion")
+        """Complete one prompt, piece of text by piece: never half a character, never part of a stop string.
+        Several streams may be read by turns."""
+        request_id = self.add_request(prompt, sampling_params, **options)
+        request, shown = self.requests[request_id], 0
+        request.awaited, output = True, request.output
         try:
-            finished = False
-            while not finished:
-                for output in self.step():
-                    if output.request_id == request_id:
-                        if output.error:
-                            raise MinqwenError(output.error)
-                        text, finished = output.outputs[0].text, output.finished
-                        if len(text) > shown:
-                            yield text[shown:]
-                            shown = len(text)
+            if request.params.n != 1:
+                raise SamplingError("n is more than 1: a stream is one completion")
+            while True:
+                finished, text = output.finished, output.outputs[0].text
+                if output.error:
+                    raise MinqwenError(output.error)
+                if len(text) > shown:
+                    yield text[shown:]
+                    shown = len(text)
+                elif finished:
+                    return
+                else:
+                    self._advance()
         finally:
             self.abort(request_id)
 
@@ -212,16 +218,18 @@ class LLM:
     ) -> str:
         """Queue one prompt for `step`. Returns its id. cache_salt: share cached prefixes only with the same salt.
         trace: as in `generate`; what is traced is computed, not read from the prefix cache."""
-        params = sampling_params or SamplingParams.from_defaults(self.defaults)
+        params = SamplingParams.from_defaults(self.defaults) if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise SamplingError(f"sampling_params is {params!r}: expected a SamplingParams")
+        if not isinstance(cache_salt, (str, type(None))):
+            raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
         text = prompt if isinstance(prompt, str) else None
-        if text is not None and self.tokenizer is None:
-            raise SamplingError("the prompt is text, but this LLM was made without a tokenizer: give token ids")
-        ids = self.tokenizer.encode(prompt) if text is not None else list(prompt)
+        ids = self._prompt_ids(prompt)
         arrival = next(self.arrivals)
-        request_id = str(arrival) if request_id is None else request_id
-        if request_id in self.requests:
-            raise SamplingError(f"request_id {request_id!r} is running already: choose another")
-        self._check_prompt(ids)
+        if request_id is None:
+            request_id = next(i for i in map(str, itertools.count(arrival)) if not self._knows(i))
+        if not isinstance(request_id, str) or self._knows(request_id):
+            raise SamplingError(f"request_id is {request_id!r}: expected a string that no running request has")
         params.check_ids(self.config.vocab_size)
         bad_words = ()
         if params.bad_words or params.structured_outputs:
@@ -242,7 +250,6 @@ class LLM:
             if params.n > 1:
                 raise SamplingError("trace is for n = 1: ask for one completion")
             request.trace = select(trace, self.config.num_hidden_layers)
-        self.requests[request_id] = request
         for index in range(params.n):
             completion = CompletionOutput(index, "", [])
             if params.logprobs is not None:
@@ -258,11 +265,13 @@ class LLM:
             constraint = self._compiler.constraint(spec, params.stop_token_ids) if spec else None
             sequence.state = Completion(request, completion, row, decoder, stops, constraint)
             request.sequences.append(sequence)
+        self.requests[request_id] = request
         self.scheduler.add(request.sequences[0])  # the others are forked off when the prompt is computed
         return request_id
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks. Unknown and finished ids are no error."""
+        self.news.pop(request_id, None)
         request = self.requests.pop(request_id, None)
         for sequence in request.sequences if request else ():
             if sequence.state.output.finish_reason is None:
@@ -271,39 +280,43 @@ class LLM:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self.requests)
+        """Whether `step` has something to do or to report."""
+        return bool(self.requests or self.news)
+
+    def step(self) -> list[RequestOutput]:
+        """One forward pass. Returns the requests from `add_request` that have something new."""
+        self._advance()
+        news, self.news = self.news, {}
+        return list(news.values())
 
     @torch.inference_mode()
-    def step(self) -> list[RequestOutput]:
-        """One forward pass. Returns the requests that have something new."""
+    def _advance(self) -> None:
+        """One forward pass, and all that follows from it; `news` holds the requests to report.
+
+        Nothing is changed before all that may fail for want of memory is done, so a failed step can be repeated.
+        """
         plan = self.scheduler.schedule()
         if not plan:
-            return []
+            return
         ids, batch, rows_of = self._pack(plan)
         logits = self.model(ids, batch, self.cache, self._tap(plan, rows_of))
         last = logits[[rows_of[i][1] - 1 for i in range(len(plan))]]  # [B, V]
         sound = torch.isfinite(last).all(-1).tolist()
-        drawing: list[tuple[Sequence, Tensor]] = []
-        touched: dict[str, RequestOutput] = {}
+        at_end = [i for i, (s, count) in enumerate(plan) if sound[i] and s.computed + count == len(s.ids)]
+        drawn = dict(zip(at_end, self._draw([plan[i][0] for i in at_end], last[at_end]))) if at_end else {}
         for i, (sequence, count) in enumerate(plan):
             request = sequence.state.request
+            if request.output.finished:  # failed in this step
+                continue
             if not sound[i]:  # one NaN anywhere before reaches the last token: nothing of this is kept
                 self._fail(request, f"logits are not finite at token {sequence.computed + count - 1}")
-                touched[request.output.request_id] = request.output
-                continue
-            self._prompt_logprobs(sequence, count, logits[slice(*rows_of[i])])
-            self.scheduler.computed(sequence, count)
-            if sequence.computed == len(sequence.ids):
-                drawing.append((sequence, last[i]))
-        if drawing:
-            for (sequence, _), token, logprobs in zip(drawing, *self._draw(drawing)):
-                request = sequence.state.request
-                touched[request.output.request_id] = request.output
-                if token < 0:
-                    self._fail(request, "no token can be drawn: everything is forbidden")
-                elif not request.output.finished:
-                    self._append(sequence, token, logprobs)
-        return list(touched.values())
+            else:
+                self._prompt_logprobs(sequence, count, logits[slice(*rows_of[i])])
+                self.scheduler.computed(sequence, count)
+                if i in drawn:
+                    self._append(sequence, *drawn[i])
+            if not request.awaited and (i in drawn or request.output.finished):
+                self.news[request.output.request_id] = request.output
 
     # ---- the parts of a step ---------------------------------------------------------------------------------
 
@@ -353,33 +366,37 @@ class LLM:
                         continue
                     rows = x[i - where[0], :, :, : sequence.computed + count]
                 elif name in ("final_norm", "logits"):
-                    rows = x[slice(*rows_of[i])]
+                    if sequence.computed + count < len(sequence.ids):  # no token is drawn
+                        continue
+                    rows = x[rows_of[i][1] - 1 : rows_of[i][1]]
                 else:
                     rows = x[ends[i] - count : ends[i]]
                 kept = sequence.state.output.trace.setdefault(name, [])
-                if sequence.computed == 0:
+                if sequence.computed == 0 and name not in ("final_norm", "logits"):
                     kept.clear()  # recomputed from the start
                 kept.append(rows.to("cpu", copy=True))
 
         names = set().union(*(plan[i][0].state.request.trace for i in traced))
         return Tap(self.model, names, show)
 
-    def _draw(self, drawing: list[tuple[Sequence, Tensor]]) -> tuple[list[int], list[dict | None]]:
-        """The next token of each sequence, and its logprobs where they were asked for."""
-        rows = [sequence.state.row for sequence, _ in drawing]
-        for completion in (sequence.state for sequence, _ in drawing):
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[tuple[int, dict | None]]:
+        """The next token of each sequence, from logits [B, V], and its logprobs where they were asked for."""
+        rows = [sequence.state.row for sequence in sequences]
+        for completion in (sequence.state for sequence in sequences):
             if completion.constraint:
                 completion.row.mask = completion.constraint.mask()
-        tokens, logprobs = sample(torch.stack([logits for _, logits in drawing]), rows)
+        tokens, logprobs = sample(logits, rows)
         if self.mesh.size > 1:  # all ranks have the same logits; this makes it impossible to disagree
             tokens = self.mesh.broadcast(torch.tensor(tokens, device=self.model.device)).tolist()
         for entry in itertools.chain(*(d.items() for d in logprobs or () if d)) if self.tokenizer else ():
             entry[1].decoded_token = self.tokenizer.decode([entry[0]])
-        return tokens, logprobs or [None] * len(rows)
+        return list(zip(tokens, logprobs or [None] * len(rows)))
 
     def _append(self, sequence: Sequence, token: int, logprobs: dict | None) -> None:
         """One more token: extend the text, fork or finish what is due."""
         completion, request = sequence.state, sequence.state.request
+        if token < 0:
+            return self._fail(request, "no token can be drawn: everything is forbidden")
         output, params = completion.output, request.params
         now = time.perf_counter()
         request.output.metrics.first_token = request.output.metrics.first_token or now
@@ -390,6 +407,7 @@ class LLM:
                 self.scheduler.fork(sequence, child)
         sequence.ids.append(token)
         output.token_ids.append(token)
+        self.tokens_generated += 1
         if logprobs is not None:
             output.logprobs.append(logprobs)
             output.cumulative_logprob += logprobs[token].logprob
@@ -453,20 +471,33 @@ class LLM:
                 sequence.state.output.finish_reason = "error"
                 self.scheduler.finish(sequence)
 
+    def _knows(self, request_id: str) -> bool:
+        return request_id in self.requests or request_id in self.news
+
     def _encode_plainly(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, allow_special=False, add_special_tokens=False)
 
-    def _check_prompt(self, ids: list[int]) -> None:
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        """A prompt's token ids, checked."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise SamplingError("the prompt is text, but this LLM was made without a tokenizer: give token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+            if not isinstance(ids, (list, tuple)):
+                raise SamplingError(f"the prompt is a {type(prompt).__name__}: expected text or a list of token ids")
         if not ids:
             raise SamplingError("the prompt has no tokens: give at least one")
-        wrong = next((i for i in ids if type(i) is not int or not 0 <= i < self.config.vocab_size), None)
-        if wrong is not None:
-            raise SamplingError(f"prompt token id is {wrong!r}, expected 0 to {self.config.vocab_size - 1}")
+        for i in ids:
+            if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= i < self.config.vocab_size:
+                raise SamplingError(f"prompt token id is {i!r}, expected 0 to {self.config.vocab_size - 1}")
         if len(ids) >= self.max_model_len:
             raise SamplingError(
                 f"the prompt has {len(ids)} tokens, but prompt and output together have room for "
                 f"{self.max_model_len} (max_model_len): shorten it, or raise max_model_len"
             )
+        return [int(i) for i in ids]
 
     # ---- sizes -----------------------------------------------------------------------------------------------
 
@@ -510,6 +541,14 @@ class LLM:
     def _entropy(self) -> int:
         seed = torch.tensor([secrets.randbits(62)], device=self.model.device)
         return int(self.mesh.broadcast(seed) if self.mesh.size > 1 else seed)
+
+
+def is_prompt(x: Any) -> bool:
+    """Text or token ids, rather than several of them. An empty list is no prompts."""
+    if hasattr(x, "ndim"):  # an array, a tensor
+        return x.ndim < 2
+    several = isinstance(x, Iterable) and not isinstance(x, (str, bytes, dict))
+    return not several or isinstance(x, (list, tuple)) and bool(x) and isinstance(x[0], Integral)
 
 
 def available_memory() -> int:
