@@ -21,7 +21,6 @@ class Native:
     """torch operations in the model's dtype, rounding where transformers rounds, in its order."""
 
     name = "native"
-    most_scores = 1 << 24  # scores to hold at once, if there are more: memory grows with the context, not its square
 
     def check(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
         """Raise ConfigError, before any weight is read, for a model that this arithmetic cannot compute."""
@@ -62,15 +61,16 @@ class Native:
         """What of a key and a value [T, K, d] goes into the cache."""
         return k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, tap: Callable) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Callable) -> Tensor:
         """softmax(q k^T scale) v (arXiv:1706.03762), the softmax in float32 at least.
 
-        q [N, heads, R, d]; k, v [N, heads, L, d]; visible bool, broadcast to [N, 1, R, L], None: all.
-        Returns z [N, heads, R, d]. `tap(name, x)` shows "attn.scores" and "attn.pattern" [N, heads, R, L].
+        q [N, heads, R, d]; k, v [N, heads, L, d]. hidden: bool, broadcast to [N, heads, R, n], which of the last n
+        keys a query must not see; None: it sees all. Returns z [N, heads, R, d]. `tap(name, x)` shows
+        "attn.scores" and "attn.pattern" [N, heads, R, L].
         """
-        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
-        if visible is not None:
-            scores = scores.masked_fill(~visible, float("-inf"))
+        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
+        if hidden is not None:
+            scores[..., -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
         scores = tap("attn.scores", scores)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         pattern = tap("attn.pattern", torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype))

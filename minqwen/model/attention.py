@@ -11,7 +11,11 @@ from torch import Tensor
 
 from minqwen.model.batch import Batch
 
-SCORES_BUDGET = 1 << 24  # most scores held at once, so that memory grows with the context, not its square
+
+def tile_rows(device: torch.device, scores_per_row: int) -> int:
+    """How many query tokens attend at a time, if each has so many scores: memory grows with the context, not its
+    square, and on a CPU the passes over a tile find it in the second-level cache."""
+    return max(16, (1 << 18 if device.type == "cpu" else 1 << 26) // scores_per_row)
 
 
 class KVCache:
@@ -44,8 +48,8 @@ def dense_attention(ops, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: f
     if G > 1:  # key/value head j serves query heads j G .. j G + G - 1; expanded, not repeat_interleave'd, because
         # the strides of transformers' keys decide which kernel multiplies them, and so their last bits
         k, v = (x.unsqueeze(2).expand(-1, -1, G, -1, -1).flatten(1, 2) for x in (k, v))
-    visible = torch.ones(L, L, dtype=torch.bool, device=q.device).tril() if L > 1 else None
-    z = ops.attend(q, k, v, visible, scale, tap)
+    hidden = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1) if L > 1 else None
+    z = ops.attend(q, k, v, hidden, scale, tap)
     return z.transpose(1, 2).flatten(0, 1)
 
 
@@ -70,19 +74,19 @@ def paged_attention(
         ks, vs = cache.read(layer, pages, L)  # [count, K, L, d]
         rows = slice(start, start + count * R)
         groups = q[rows].view(count, R, K, H // K, d).permute(0, 2, 3, 1, 4)  # [count, K, G, R, d]
-        at = batch.positions[rows].view(count, R, 1)
-        visible = torch.arange(L, device=q.device) <= at  # [count, R, L]
-        if count > 1 and min(lengths) < L:  # 0 * NaN is NaN: what lies beyond a context is none of its business
-            vs = vs.masked_fill(~visible.unsqueeze(-1), 0)  # decodes, R = 1: [count, 1, L, 1]
-        tile = max(1, min(SCORES_BUDGET, ops.most_scores) // (count * H * L)) if tap.tiles else R
+        past = None
+        if min(lengths) < L:  # decodes of unequal contexts, R = 1
+            past = torch.arange(L, device=q.device) > batch.positions[rows].view(count, 1, 1, 1)  # [count, 1, 1, L]
+            vs = vs.masked_fill(past.transpose(-1, -2), 0)  # 0 * NaN is NaN: what lies there is none of its business
+        tile = min(R, tile_rows(q.device, count * H * L)) if tap.tiles else R
         out = z[rows].view(count, R, K, H // K, d).permute(0, 2, 3, 1, 4)
         for r in range(0, R, tile):
-            part = groups[:, :, :, r : r + tile]
-            seen = min(L, L - R + r + tile)  # by the last row of the tile
-            # Nothing is hidden from a decode whose context fills the tile: the mask would cost a pass.
-            hide = None if R == 1 and min(lengths) == L else visible[:, None, r : r + tile, :seen].repeat(1, 1, H // K, 1)
-            seen_by = tap.paged(first, count, r)
-            z_part = ops.attend(part.flatten(2, 3), ks[..., :seen, :], vs[..., :seen, :], hide, scale, seen_by)
+            part = groups[:, :, :, r : r + tile]  # [count, K, G, tile, d]
+            n = part.shape[3]
+            seen = L - R + r + n  # by the last row of the tile; the one before does not see the last of these, ...
+            hidden = past if n == 1 else torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1).repeat(H // K, 1)
+            z_part = ops.attend(part.flatten(2, 3), ks[..., :seen, :], vs[..., :seen, :], hidden, scale,
+                                tap.paged(first, count, r))
             out[:, :, :, r : r + tile] = z_part.view(part.shape)
         start = rows.stop
     return z

@@ -77,7 +77,7 @@ def snap_below_norm(x: Tensor, bits: int, mesh: Mesh = SINGLE) -> Tensor:
     The norm's square is exact: entries snapped to 2^-19 of the largest have squares on a 2^-38 grid. The margin
     of 2^-8 covers what both snaps can add: less than 2^-11 of the norm for 2^15 entries.
     """
-    wide, rows = x.double(), rows_at_once(x)
+    wide, rows = widened(x), rows_at_once(x)
     top = pow2(mesh.all_reduce(x.abs().amax(-1, keepdim=True).double(), "max"))
     square = torch.empty_like(top)
     for x, unit, total in zip(wide.split(rows), (top * 2.0**-19).split(rows), square.split(rows)):
@@ -87,6 +87,11 @@ def snap_below_norm(x: Tensor, bits: int, mesh: Mesh = SINGLE) -> Tensor:
     for x, unit in zip(wide.split(rows), units.split(rows)):
         snap(x, unit, out=x)
     return wide
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float64, in memory of its own: it will be written to."""
+    return x.to(torch.float64, copy=True)
 
 
 def rows_at_once(x: Tensor) -> int:
@@ -187,7 +192,6 @@ class Exact(Native):
     """
 
     name = "exact"
-    most_scores = 1 << 18  # smaller tiles than Native's: most passes over the scores find them in the cache
 
     def __init__(self, widen: bool | None = None):
         self.widen, self.ranks, self.widened_bytes = widen, 1, 0
@@ -243,7 +247,7 @@ class Exact(Native):
         return y.add_(linear.bias).to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.double()
+        wide = widened(x)
         squares = wide * wide
         squares = snap(squares, pow2(squares.amax(-1, keepdim=True)) * 2.0**-SQUARE_BITS)
         mean = squares.sum(-1, keepdim=True) / x.shape[-1]
@@ -262,24 +266,26 @@ class Exact(Native):
         wide = snap(wide, pow2(wide.abs().amax(-1, keepdim=True)) * 2.0**-V_BITS)
         return snap_below_norm(k, K_BITS).to(k.dtype), wide.to(v.dtype)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, tap: Callable) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Callable) -> Tensor:
         """As Native's; k and v come from `cached`, scores and pattern are float64.
 
         Every token's v is scaled to [-1, 1], and its scale moved into the pattern: then all tokens have one unit.
         """
         within(k.shape[-2], CONTEXT, "the context")
         scores = torch.matmul(snap_below_norm(q, Q_BITS), k.double().transpose(-1, -2)).mul_(scale)
-        if visible is not None:
-            scores.masked_fill_(~visible, float("-inf"))
+        if hidden is not None:
+            scores[..., -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
         scores = tap("attn.scores", scores).double()
         p = snap(exp(scores - scores.amax(-1, keepdim=True)), 2.0**-EXP_BITS)
         pattern = tap("attn.pattern", p.mul_(1 / p.sum(-1, keepdim=True))).double()
-        wide = v.double()
+        wide = widened(v)
         tops = pow2(wide.abs().amax(-1, keepdim=True)).clamp_min_(2.0**-200)  # [N, heads, L, 1]; not 0
         wide.div_(tops)
-        tops = tops.transpose(-1, -2)
-        top = tops if visible is None else tops.where(visible, 0.0)
-        top = top.amax(-1, keepdim=True)  # [N, heads, R or 1, 1], of the tokens this row sees
+        tops = tops.transpose(-1, -2)  # [N, heads, 1, L]
+        top = tops.amax(-1, keepdim=True)  # [N, heads, R or 1, 1], of the tokens this row sees
+        if hidden is not None:
+            for_all, last = tops.tensor_split([tops.shape[-1] - hidden.shape[-1]], -1)
+            top = F.pad(for_all, (1, 0)).amax(-1, keepdim=True).maximum(last.masked_fill(hidden, 0.0).amax(-1, keepdim=True))
         z = torch.matmul(snap(pattern * (tops / top), 2.0**-P_BITS), wide)
         return z.mul_(top).to(q.dtype).add_(0.0)
 
