@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
+import struct
 
 import pytest
+import scheduler_machine
 import torch
 from conftest import greedy
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minqwen import LLM, SamplingParams
@@ -173,85 +176,97 @@ def test_a_failed_step_can_be_repeated(embedded_model, embedded_tokenizer, oracl
 
 # ---- allocator and scheduler, without a model --------------------------------------------------------------------
 
-
-def check_invariants(scheduler: Scheduler, everyone: list[Sequence]) -> None:
-    pool = scheduler.pool
-    counts = [0] * pool.num_blocks
-    for sequence in everyone:
-        assert len(set(sequence.blocks)) == len(sequence.blocks)
-        assert sequence.computed <= len(sequence.ids) and sequence.computed <= len(sequence.blocks) * pool.block_size
-        for block in sequence.blocks:
-            counts[block] += 1
-    assert counts == pool.references
-    assert set(pool.unused) == {b for b, n in enumerate(counts) if n == 0}
-    for digest, block in pool.by_digest.items():
-        assert pool.content[block].digest == digest
-    assert len(pool.by_digest) == len(pool.content)
-    for queue in (scheduler.running, scheduler.waiting):
-        assert [s.key for s in queue] == sorted(s.key for s in queue)
+WORDS = st.binary(min_size=8 * 201, max_size=8 * 201).map(struct.Struct("201Q").unpack)  # one draw, so it is cheap
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data(), st.sampled_from([4, 256]), st.integers(1, 5), st.booleans())
-def test_scheduler_keeps_its_rules(data, digest_bits, block_size, caching):
-    """A machine of add, step, fork, abort on a small pool. `truth[block]` is what a forward pass would have
-    written there; a sequence must only ever read its own prefix, whatever was shared, evicted or preempted."""
-    longest = 24
-    pool = BlockPool(-(-longest // block_size) + data.draw(st.integers(0, 12)), block_size, caching, digest_bits)
-    scheduler = Scheduler(pool, data.draw(st.integers(1, 5)), data.draw(st.integers(5, 30)))
-    truth = [[None] * block_size for _ in range(pool.num_blocks)]
-    alive: list[Sequence] = []
-    finished = arrivals = 0
-    for _ in range(data.draw(st.integers(5, 60))):
-        action = data.draw(st.sampled_from(["add", "step", "step", "step", "abort"]))
-        if action == "add" and len(alive) < 12:
-            prompt = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=longest - 4))
-            sequence = Sequence((arrivals, 0), prompt, len(prompt))
-            sequence.state = {"target": min(longest, len(prompt) + data.draw(st.integers(1, 6))),
-                              "children": data.draw(st.integers(0, 2))}
-            arrivals += 1
-            alive.append(sequence)
-            scheduler.add(sequence)
-        elif action == "abort" and alive:
-            sequence = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
-            scheduler.finish(sequence)
-        else:
-            step = scheduler.schedule()
-            assert step or not alive
-            assert sum(count for _, count in step) <= scheduler.max_num_batched_tokens
-            assert len(scheduler.running) <= scheduler.max_num_seqs
-            for sequence, count in step:
-                for i in range(sequence.computed, sequence.computed + count):
-                    block = sequence.blocks[i // block_size]
-                    assert pool.references[block] == 1, "written while shared"
-                    truth[block][i % block_size] = tuple(sequence.ids[: i + 1])
-            for sequence, count in step:
-                for i in range(sequence.computed + count):
-                    assert truth[sequence.blocks[i // block_size]][i % block_size] == tuple(sequence.ids[: i + 1])
-                scheduler.computed(sequence, count)
-                if sequence.computed == len(sequence.ids):
-                    for n in range(sequence.state["children"]):
-                        child = Sequence((sequence.key[0], n + 1), sequence.ids[: sequence.num_prompt],
-                                         sequence.num_prompt)
-                        child.state = {**sequence.state, "children": 0}
-                        alive.append(child)
-                        scheduler.fork(sequence, child)
-                    sequence.state["children"] = 0
-                    sequence.ids.append(data.draw(st.integers(0, 1)))
-                    if len(sequence.ids) >= sequence.state["target"]:
-                        scheduler.finish(sequence)
-                        alive.remove(sequence)
-                        finished += 1
-        check_invariants(scheduler, alive)
-    for _ in range(3000):  # no starvation: everybody ends
-        if not alive:
-            break
-        step = scheduler.schedule()
-        assert step
-        for sequence, count in step:
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(WORDS, st.sampled_from([4, 256]))
+def test_scheduler_keeps_its_rules(words, digest_bits):
+    """200 actions on a small pool, and after every one all of `Machine.check`."""
+    scheduler_machine.run(words, digest_bits)
+
+
+def test_the_machine_sees_what_it_is_for():
+    happened = scheduler_machine.long_run(5000)
+    assert all(happened[what] > 50 for what in ("fork", "abort", "preemption", "eviction", "collision")), happened
+
+
+class Trusting(BlockPool):
+    def holds(self, found, parent, tokens, salt):
+        return True
+
+
+class Forgetful(BlockPool):
+    def _forget(self, block):
+        """A block that is written anew can still be found."""
+
+
+class Newest(BlockPool):
+    def release(self, blocks):
+        super().release(blocks)
+        for block in blocks:
+            if block in self.unused:
+                self.unused.move_to_end(block, last=False)
+
+
+class Whole(BlockPool):
+    def match(self, ids, salt=None):
+        return super().match([*ids, 0], salt)
+
+
+class Unsalted(BlockPool):
+    def match(self, ids, salt=None):
+        return super().match(ids)
+
+    def register(self, block, parent, tokens, salt=None):
+        return super().register(block, parent, tokens)
+
+
+class Grudging(Scheduler):
+    def _make_room(self, running=None):
+        return super()._make_room(running and self.running[0])
+
+
+class Hasty(Scheduler):
+    def fork(self, parent, child):
+        """Shares the last, partly filled block too."""
+        child.blocks = list(parent.blocks)
+        self.pool.share(child.blocks)
+        child.computed = child.num_prompt - 1
+        child.records = parent.records[: child.computed // self.pool.block_size]
+        self.add(child)
+
+
+class Queue(Scheduler):
+    def add(self, sequence):
+        self.waiting.append(sequence)  # a preempted sequence goes to the end
+
+
+@pytest.mark.parametrize("broken", [Trusting, Forgetful, Newest, Whole, Unsalted, Grudging, Hasty, Queue])
+def test_a_broken_one_is_caught(broken):
+    kind = "pool_class" if issubclass(broken, BlockPool) else "scheduler_class"
+    r = random.Random(0)
+    with pytest.raises((AssertionError, KeyError, IndexError)):
+        for _ in range(300):
+            scheduler_machine.run([r.getrandbits(64) for _ in range(101)], 4, **{kind: broken})
+
+
+def test_a_crowd_of_newcomers_starves_nobody():
+    """One request that needs the whole pool, and behind it short ones without end."""
+    pool = BlockPool(8, 4)
+    scheduler = Scheduler(pool, max_num_seqs=4, max_num_batched_tokens=8)
+    for arrival in range(3):
+        scheduler.add(Sequence((arrival, 0), [arrival] * 7, 7))
+    big = Sequence((3, 0), [9] * 20, 20)
+    scheduler.add(big)
+    for arrival in range(4, 150):
+        scheduler.add(Sequence((arrival, 0), [arrival] * 3, 3))
+        for sequence, count in scheduler.schedule():
             scheduler.computed(sequence, count)
             if sequence.computed == len(sequence.ids):
-                scheduler.finish(sequence)
-                alive.remove(sequence)
-        check_invariants(scheduler, alive)
-    assert not alive and pool.num_free == pool.num_blocks
+                sequence.ids.append(0)
+                if len(sequence.ids) >= (32 if sequence is big else sequence.num_prompt + 6):
+                    scheduler.finish(sequence)
+        if not big.blocks and big.computed:
+            break
+    assert len(big.ids) == 32 and arrival < 60

@@ -26,8 +26,8 @@ class CachedBlock:
 class BlockPool:
     """`num_blocks` pages of `block_size` tokens with reference counts and a prefix cache.
 
-    Digests are SHA-256 over (digest of the block before, tokens, salt). A match is served only if the stored
-    tokens and parent are the same too, so that even a colliding digest (`digest_bytes` lets the tests make them)
+    Digests are SHA-256 over (digest of the block before, or the salt; tokens). A match is served only if the stored
+    tokens and parent are the same too, so that even a colliding digest (`digest_bits` lets the tests make them)
     cannot give one request another's keys and values.
     """
 
@@ -51,9 +51,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def digest(self, parent: CachedBlock | None, tokens: tuple[int, ...], salt: str | None) -> bytes:
-        sha = hashlib.sha256(parent.digest if parent else b"minqwen")
-        if parent is None and salt is not None:
-            sha.update(salt.encode())
+        sha = hashlib.sha256(parent.digest if parent else repr(salt).encode())
         sha.update(array("q", tokens).tobytes())
         if self.digest_bits == 256:
             return sha.digest()
@@ -72,12 +70,16 @@ class BlockPool:
             if block is None:
                 break
             found = self.content[block]
-            if (found.parent, found.tokens, found.salt) != (parent.serial if parent else -1, tokens, salt):
+            if not self.holds(found, parent, tokens, salt):
                 self.collisions += 1
                 break
             blocks.append(block)
             parent = found
         return blocks
+
+    def holds(self, found: CachedBlock, parent: CachedBlock | None, tokens: tuple[int, ...], salt: str | None) -> bool:
+        """Whether a block whose digest is right holds the right text."""
+        return (found.parent, found.tokens, found.salt) == (parent.serial if parent else -1, tokens, salt)
 
     def share(self, blocks: list[int]) -> None:
         """Claim blocks that hold what the caller needs."""
@@ -112,20 +114,23 @@ class BlockPool:
         Returns the record that the next block of the text names as its parent: of an older block, if one holds
         the same text. A different text with the same digest gives way: it can no longer be found.
         """
-        parent_serial = parent.serial if parent else -1
-        digest = self.digest(parent, tuple(tokens), salt)
+        text = tuple(tokens)
+        digest = self.digest(parent, text, salt)
         if digest in self.by_digest:
-            found = self.content[self.by_digest[digest]]
-            if (found.parent, found.tokens, found.salt) == (parent_serial, tuple(tokens), salt):
-                return found
-            self._forget(self.by_digest[digest])
+            other = self.by_digest[digest]
+            if self.holds(self.content[other], parent, text, salt):
+                return self.content[other]
+            self._forget(other)
+            if other in self.unused:
+                self.unused.move_to_end(other, last=False)
         self.serial += 1
-        self.content[block] = CachedBlock(digest, self.serial, parent_serial, tuple(tokens), salt)
+        self.content[block] = CachedBlock(digest, self.serial, parent.serial if parent else -1, text, salt)
         self.by_digest[digest] = block
         return self.content[block]
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached text (the weights have changed, say). Blocks in use stay in use."""
+        """Forget all cached text. Not while blocks are in use: their owners would go on to register old text."""
+        assert len(self.unused) == self.num_blocks
         self.content.clear()
         self.by_digest.clear()
 

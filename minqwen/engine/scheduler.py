@@ -129,8 +129,9 @@ class Scheduler:
         return True
 
     def _make_room(self, running: Sequence | None = None) -> bool:
-        """Take blocks from the youngest forked sequence that waits with some, or else from `running`."""
-        holders = [s for s in self.waiting[1:] if s.blocks]
+        """Take blocks from the youngest forked sequence that waits with some, or else from `running`.
+        Without `running`, the room is for the first that waits."""
+        holders = [s for s in (self.waiting if running else self.waiting[1:]) if s.blocks]
         victim = holders[-1] if holders else running
         if victim is None:
             return False
