@@ -1,0 +1,93 @@
+"""What a step of the forward pass holds besides weights and cache, counted from the code that holds it.
+
+Read beside `qwen2.py` and `attention.py`: every term is a tensor there, alive at the same time as the others of its
+sum. The engine sizes its cache with this; the planner plans with it.
+"""
+from __future__ import annotations
+
+import torch
+
+from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
+from minqwen.model.attention import runs, tile_rows
+
+
+def step_phases(
+    config: ModelConfig,
+    query_lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    *,
+    dtype: str,
+    size: int = 1,
+    block_size: int = 16,
+    logit_rows: int | None = None,
+    device: str = "cuda",
+) -> dict[str, int]:
+    """Bytes held at the height of each phase of one step, on one of `size` ranks: {phase: bytes}.
+
+    query_lens, context_lens: of the step's sequences, as in `Batch`, the engine's order (decodes first). dtype: a
+    name, of activations and logits. logit_rows: tokens whose logits are wanted (default one of each sequence).
+    Weights and the pool of pages are not included, the rotary table is. Native arithmetic.
+    """
+    i = BYTES_PER_ELEMENT[dtype]
+    w = max(i, 4)  # norms, softmax and sampling are in float32 at least
+    d, D, B, T = config.head_dim, config.hidden_size, len(query_lens), sum(query_lens)
+    H, K = config.num_attention_heads // size, max(config.num_key_value_heads // size, 1)
+    V = config.vocab_size
+    N = B if logit_rows is None else logit_rows
+    x, q, kv, mlp = (T * n * i for n in (D, H * d, K * d, config.intermediate_size // size))
+
+    table = (1 << (max(context_lens) - 1).bit_length()) * d  # elements of cos, and of sin
+    packed = 8 * (4 * T + B * -(-max(context_lens) // block_size)) + 2 * T * d * i  # ids, positions, ...; cos, sin
+    narrowed = w if i < w else 0  # a copy in the narrow dtype beside the wide one, or the other way round
+
+    def attention(count: int, R: int, L: int, ragged: bool) -> int:
+        """One call: `count` sequences with R new tokens each, L tokens of context at most."""
+        gathered = count * -(-L // block_size) * block_size * K * d * i  # keys; as much for values
+        copy = gathered if count > 1 else 0  # matmul wants [count * K, L, d] in one stride, ...
+        masked = 0 if ragged else copy  # ... which values have that were masked
+        rows = min(R, tile_rows(torch.device(device), count * H * L))
+        scores = count * H * rows * L
+        tile = 2 * count * H * rows * d * i + (rows * rows * H // K if rows > 1 else 0)  # queries, z; mask
+        return 2 * gathered + max(
+            copy + scores * i + tile,
+            scores * (i + w + narrowed) + tile,  # scores; their copy and softmax in float32
+            masked + scores * 2 * i + tile,  # scores, pattern
+            gathered if ragged else 0,  # values as they were, beside those masked beyond each context
+        )
+
+    calls, start = [], 0
+    for first, count in runs(query_lens):
+        lengths = context_lens[first : first + count]
+        calls.append(attention(count, query_lens[first], max(lengths), min(lengths) < max(lengths)))
+    reduced = T * D * w if size > 1 else 0  # the sum over ranks of what o and down give
+    gathered_logits = N * i * 2 * (V + -(-V // size)) if size > 1 else N * V * i
+    fixed = 2 * table * i + packed
+    phases = {
+        "norm": 2 * x + 2 * T * D * w,
+        "queries and keys": 2 * x + 4 * q + 2 * kv,  # the rotation's three intermediates
+        "attention": 2 * x + 2 * q + 2 * kv + max(calls),
+        "attention's output": 3 * x + 2 * q + 2 * kv + reduced,
+        "MLP": 3 * x + max(4 * mlp, 3 * mlp + x + reduced),
+        "logits": N * D * i + gathered_logits,
+        "sampling": N * V * i + B * V * (2 * i + w) + min(B, 32 if device == "cuda" else 1) * V * (w + 8),
+    }
+    phases = {name: fixed + held for name, held in phases.items()}
+    phases["rotary table"] = table * (4 * w if i == w else 3 * w + i) + table * i  # being computed; the one before
+    return phases
+
+
+def step_bytes(config: ModelConfig, query_lens: tuple[int, ...], context_lens: tuple[int, ...], **options) -> int:
+    """The most that one step holds at any time: the largest of `step_phases`, in bytes."""
+    return max(step_phases(config, query_lens, context_lens, **options).values())
+
+
+def worst_steps(context: int, batch: int, tokens: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(query_lens, context_lens) of the steps that hold most while `batch` sequences reach `context` tokens each.
+
+    All decode; the last chunk of a prompt while the others decode; as many whole prompts as fit. tokens:
+    max_num_batched_tokens, at least `batch`.
+    """
+    chunk, whole = min(context, tokens - batch + 1), min(batch, tokens // context)
+    rest = min(context, tokens - whole * context) if whole < batch else 0
+    packed = (context,) * whole + (rest,) * (rest > 0)
+    return [((1,) * batch, (context,) * batch), ((1,) * (batch - 1) + (chunk,), (context,) * batch), (packed, packed)]
