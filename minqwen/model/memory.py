@@ -32,43 +32,43 @@ def step_phases(
     w = max(i, 4)  # norms, softmax and sampling are in float32 at least
     d, D, B, T = config.head_dim, config.hidden_size, len(query_lens), sum(query_lens)
     H, K = config.num_attention_heads // size, max(config.num_key_value_heads // size, 1)
-    V = config.vocab_size
+    V, rows_of_V = config.vocab_size, -(-config.vocab_size // size)
     N = B if logit_rows is None else logit_rows
     x, q, kv, mlp = (T * n * i for n in (D, H * d, K * d, config.intermediate_size // size))
 
     table = (1 << (max(context_lens) - 1).bit_length()) * d  # elements of cos, and of sin
     packed = 8 * (4 * T + B * -(-max(context_lens) // block_size)) + 2 * T * d * i  # ids, positions, ...; cos, sin
-    narrowed = w if i < w else 0  # a copy in the narrow dtype beside the wide one, or the other way round
+    widened = w if i < w else 0  # softmax copies narrow scores to float32 first
+    sums = w if device == "cpu" and i < w else 0  # a CPU without 16-bit instructions multiplies into float32 first
 
     def attention(count: int, R: int, L: int, ragged: bool) -> int:
         """One call: `count` sequences with R new tokens each, L tokens of context at most."""
         gathered = count * -(-L // block_size) * block_size * K * d * i  # keys; as much for values
         copy = gathered if count > 1 else 0  # matmul wants [count * K, L, d] in one stride, ...
-        masked = 0 if ragged else copy  # ... which values have that were masked
+        again = 0 if ragged else copy  # ... which values have that are masked beyond each context
         rows = min(R, tile_rows(torch.device(device), count * H * L))
         scores = count * H * rows * L
         tile = 2 * count * H * rows * d * i + (rows * rows * H // K if rows > 1 else 0)  # queries, z; mask
-        return 2 * gathered + max(
+        return (3 if ragged else 2) * gathered + max(  # the masked values are a third part
             copy + scores * i + tile,
-            scores * (i + w + narrowed) + tile,  # scores; their copy and softmax in float32
-            masked + scores * 2 * i + tile,  # scores, pattern
-            gathered if ragged else 0,  # values as they were, beside those masked beyond each context
+            scores * (i + w + widened) + tile,  # scores; softmax in float32
+            again + scores * 2 * i + tile,  # scores, pattern
         )
 
-    calls, start = [], 0
+    calls = []
     for first, count in runs(query_lens):
         lengths = context_lens[first : first + count]
         calls.append(attention(count, query_lens[first], max(lengths), min(lengths) < max(lengths)))
-    reduced = T * D * w if size > 1 else 0  # the sum over ranks of what o and down give
-    gathered_logits = N * i * 2 * (V + -(-V // size)) if size > 1 else N * V * i
+    summed = T * D * (w if size > 1 else sums)  # in float32: what o and down give, over ranks
+    spread = N * (rows_of_V + 2 * V) * i if size > 1 else 0  # logits padded, of all ranks, and put together
     fixed = 2 * table * i + packed
     phases = {
         "norm": 2 * x + 2 * T * D * w,
         "queries and keys": 2 * x + 4 * q + 2 * kv,  # the rotation's three intermediates
         "attention": 2 * x + 2 * q + 2 * kv + max(calls),
-        "attention's output": 3 * x + 2 * q + 2 * kv + reduced,
-        "MLP": 3 * x + max(4 * mlp, 3 * mlp + x + reduced),
-        "logits": N * D * i + gathered_logits,
+        "attention's output": 3 * x + 2 * q + 2 * kv + summed,
+        "MLP": 3 * x + max(4 * mlp, 2 * mlp + mlp // i * sums, 3 * mlp + x + summed),  # silu_mul; up; down
+        "logits": N * D * i + N * rows_of_V * i + max(spread, N * rows_of_V * sums),
         "sampling": N * V * i + B * V * (2 * i + w) + min(B, 32 if device == "cuda" else 1) * V * (w + 8),
     }
     phases = {name: fixed + held for name, held in phases.items()}
@@ -84,10 +84,11 @@ def step_bytes(config: ModelConfig, query_lens: tuple[int, ...], context_lens: t
 def worst_steps(context: int, batch: int, tokens: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(query_lens, context_lens) of the steps that hold most while `batch` sequences reach `context` tokens each.
 
-    All decode; the last chunk of a prompt while the others decode; as many whole prompts as fit. tokens:
-    max_num_batched_tokens, at least `batch`.
+    All decode, not quite in step; the last chunk of a prompt while the others decode; as many whole prompts as fit.
+    tokens: max_num_batched_tokens, at least `batch`.
     """
+    contexts = (max(1, context - 1),) * (batch > 1) + (context,) * max(1, batch - 1)
     chunk, whole = min(context, tokens - batch + 1), min(batch, tokens // context)
     rest = min(context, tokens - whole * context) if whole < batch else 0
     packed = (context,) * whole + (rest,) * (rest > 0)
-    return [((1,) * batch, (context,) * batch), ((1,) * (batch - 1) + (chunk,), (context,) * batch), (packed, packed)]
+    return [((1,) * batch, contexts), ((1,) * (batch - 1) + (chunk,), contexts), (packed, packed)]
