@@ -111,7 +111,7 @@ def main() -> int:
     if args.num_attention_heads is not None:
         config = config.replace(num_attention_heads=args.num_attention_heads)
     if not 0 < args.gpu_memory_utilization <= 1:
-        raise MinqwenError(f"--gpu-memory-utilization is {args.gpu_memory_utilization:g}, expected more than 0, at most 1")
+        raise MinqwenError(f"--gpu-memory-utilization is {args.gpu_memory_utilization:g}, expected above 0, at most 1")
     if args.gpu_memory is not None and not 0 < args.gpu_memory < 1e6:
         raise MinqwenError(f"--gpu-memory is {args.gpu_memory:g}, expected the GB of one card")
     capacities = [args.gpu_memory] if args.gpu_memory else list(CAPACITIES)
@@ -119,8 +119,8 @@ def main() -> int:
     planners, answers = [], []
     for size in (1, 2, 4, 8) if args.tp is None else (args.tp,):
         try:
-            planner = Planner(config, size, dtype=args.dtype, quantization=args.quantization, block_size=args.block_size,
-                              max_num_batched_tokens=args.max_num_batched_tokens)
+            planner = Planner(config, size, dtype=args.dtype, quantization=args.quantization,
+                              block_size=args.block_size, max_num_batched_tokens=args.max_num_batched_tokens)
         except ParallelError as error:
             if args.tp is not None:
                 raise
@@ -134,8 +134,8 @@ def main() -> int:
         print(json.dumps(answers, indent=1))
         return 0
     p, c = planners[0], config
-    print(f"{args.size or args.model}: {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}, "
-          f"{c.num_parameters():,} parameters, {p.dtype}, quantisation {p.quantization}, "
+    print(f"{args.size or args.model}: {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of "
+          f"{c.head_dim}, {c.num_parameters():,} parameters, {p.dtype}, quantisation {p.quantization}, "
           f"{c.kv_bytes_per_token(p.dtype):,} bytes of cache per token\n"
           f"context {context:,}, batch {args.batch}, at most {p.tokens:,} tokens a step")
     if context > c.context_length:

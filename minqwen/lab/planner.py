@@ -159,8 +159,8 @@ class Planner:
     def plan(self, context: int, batch: int = 1) -> Plan:
         """Of `batch` sequences of `context` tokens each. Raises ConfigError for what the engine would refuse."""
         if not 1 <= batch <= self.tokens:
-            raise ConfigError(f"batch is {batch}, expected 1 to max_num_batched_tokens ({self.tokens}): a step has room "
-                              "for one token of each sequence")
+            raise ConfigError(f"batch is {batch}, expected 1 to max_num_batched_tokens ({self.tokens}): a step has "
+                              "room for one token of each sequence")
         if context < 1:
             raise ConfigError(f"context is {context}, expected at least 1 token")
         c, n = self.config, self.size

@@ -41,38 +41,38 @@ def step_phases(
     widened = w if i < w else 0  # softmax copies narrow scores to float32 first
     sums = w if device == "cpu" and i < w else 0  # a CPU without 16-bit instructions multiplies into float32 first
 
-    def attention(count: int, R: int, L: int, ragged: bool) -> int:
-        """One call: `count` sequences with R new tokens each, L tokens of context at most."""
+    at_height, pages, done = [], 0, 0  # attention's bytes; of the pages gathered last; of the z's so far
+    for first, count in runs(query_lens, context_lens):
+        R, lengths = query_lens[first], context_lens[first : first + count]
+        L, ragged = max(lengths), min(lengths) < max(lengths)
         gathered = count * -(-L // block_size) * block_size * K * d * i  # keys; as much for values
-        copy = gathered if count > 1 else 0  # matmul wants [count * K, L, d] in one stride, ...
-        again = 0 if ragged else copy  # ... which values have that are masked beyond each context
-        rows = min(R, tile_rows(torch.device(device), count * H * L))
-        scores = count * H * rows * L
-        tile = 2 * count * H * rows * d * i + (rows * rows * H // K if rows > 1 else 0)  # queries, z; mask
-        return (3 if ragged else 2) * gathered + max(  # the masked values are a third part
-            copy + scores * i + tile,
-            scores * (i + w + widened) + tile,  # scores; softmax in float32
-            again + scores * 2 * i + tile,  # scores, pattern
-        )
-
-    calls = []
-    for first, count in runs(query_lens):
-        lengths = context_lens[first : first + count]
-        calls.append(attention(count, query_lens[first], max(lengths), min(lengths) < max(lengths)))
+        at_height.append(pages + 2 * gathered + done)  # the pages before are let go when these are there
+        pages = (3 if ragged else 2) * gathered  # the third: values masked beyond each context
+        rows = min(R, tile_rows(torch.device(device), H * L))
+        scores, done = count * H * rows * L, done + count * R * H * d * i
+        copy = gathered if count > 1 else 0  # matmul wants [count * K, L, d] in one stride, which masked values have
+        tile = rows * H * d * i + rows * rows * H // K if R > 1 else 0  # queries by heads; the mask
+        at_height.append(pages + done + tile + max(
+            copy + scores * i,
+            scores * (i + w + widened),  # scores; softmax in float32
+            (0 if ragged else copy) + scores * 2 * i,  # scores, pattern
+        ))
+    at_height.append(pages + 2 * done)  # z's put together
     summed = T * D * (w if size > 1 else sums)  # in float32: what o and down give, over ranks
     spread = N * (rows_of_V + 2 * V) * i if size > 1 else 0  # logits padded, of all ranks, and put together
     fixed = 2 * table * i + packed
     phases = {
         "norm": 2 * x + 2 * T * D * w,
         "queries and keys": 2 * x + 4 * q + 2 * kv,  # the rotation's three intermediates
-        "attention": 2 * x + 2 * q + 2 * kv + max(calls),
+        "attention": 2 * x + q + 2 * kv + max(at_height),
         "attention's output": 3 * x + 2 * q + 2 * kv + summed,
         "MLP": 3 * x + max(4 * mlp, 2 * mlp + mlp // i * sums, 3 * mlp + x + summed),  # silu_mul; up; down
         "logits": N * D * i + N * rows_of_V * i + max(spread, N * rows_of_V * sums),
         "sampling": N * V * i + B * V * (2 * i + w) + min(B, 32 if device == "cuda" else 1) * V * (w + 8),
     }
     phases = {name: fixed + held for name, held in phases.items()}
-    phases["rotary table"] = table * (4 * w if i == w else 3 * w + i) + table * i  # being computed; the one before
+    computing = 4 * w if i == w else 3 * w + i  # of the table: angles, cos, sin; it is done on the CPU
+    phases["rotary table"] = table * (i + (computing if device == "cpu" else 2 * i))  # beside the one before
     return phases
 
 
