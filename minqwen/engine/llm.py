@@ -300,10 +300,11 @@ class LLM:
             return
         ids, batch, rows_of = self._pack(plan)
         logits = self.model(ids, batch, self.cache, self._tap(plan, rows_of))
-        last = logits[[rows_of[i][1] - 1 for i in range(len(plan))]]  # [B, V]
-        sound = torch.isfinite(last).all(-1).tolist()
+        last = logits if len(logits) == len(plan) else logits[[end - 1 for _, end in rows_of]]  # [B, V]
+        sound = last.sum(-1, dtype=torch.float64).isfinite().tolist()  # a NaN or an infinity stays one in the sum
         at_end = [i for i, (s, count) in enumerate(plan) if sound[i] and s.computed + count == len(s.ids)]
-        drawn = dict(zip(at_end, self._draw([plan[i][0] for i in at_end], last[at_end]))) if at_end else {}
+        last = last if len(at_end) == len(plan) else last[at_end]
+        drawn = dict(zip(at_end, self._draw([plan[i][0] for i in at_end], last))) if at_end else {}
         for i, (sequence, count) in enumerate(plan):
             request = sequence.state.request
             if request.output.finished:  # failed in this step

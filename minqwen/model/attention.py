@@ -27,16 +27,15 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [T, K, d] at `slots` [T]."""
-        flat = self.pool[layer].flatten(1, 2)  # [2, P * S, K, d]
-        flat[0].index_copy_(0, slots, k)
-        flat[1].index_copy_(0, slots, v)
+        keys, values = self.pool[layer].flatten(1, 2)  # [P * S, K, d] each
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)
 
     def read(self, layer: int, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of B page lists [B, n]: two [B, K, length, d] views."""
-        B, n = pages.shape
-        both = [self.pool[layer, i].index_select(0, pages.flatten()) for i in (0, 1)]  # [B * n, S, K, d]
-        k, v = (x.view(B, n * self.page_size, *x.shape[2:])[:, :length].transpose(1, 2) for x in both)
-        return k, v
+        both = self.pool[layer].index_select(1, pages.flatten())  # [2, B * n, S, K, d]
+        both = both.view(2, len(pages), -1, *both.shape[3:])  # [2, B, n * S, K, d]
+        return both[:, :, :length].transpose(2, 3).unbind(0)
 
 
 def dense_attention(ops, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, tap: Callable) -> Tensor:
@@ -58,49 +57,47 @@ def paged_attention(
 ) -> Tensor:
     """New tokens against their whole context in the cache. q [T, H, d]; k, v [T, K, d] -> [T, H, d].
 
-    The G query heads of a group are rows against one key/value head: nothing is repeated. Sequences that bring
-    as many tokens as their neighbours go together (all decodes in one call), the rest one by one.
+    The G query heads of a group are rows against one key/value head: nothing is repeated. Decodes go together,
+    what brings more tokens goes alone, some tokens at a time.
     """
     cache.write(layer, batch.slots, *ops.cached(k, v))
-    T, H, d = q.shape
-    K = k.shape[1]
-    z = torch.empty_like(q)
-    start = 0
-    for first, count in runs(batch.query_lens):
-        R = batch.query_lens[first]
-        lengths = batch.context_lens[first : first + count]
+    H, K, d = q.shape[1], *k.shape[1:]
+    parts, start = [], 0  # [n, H, d] each
+    for first, count in runs(batch.query_lens, batch.context_lens):
+        R, lengths = batch.query_lens[first], batch.context_lens[first : first + count]
         L = max(lengths)
-        pages = batch.block_tables[first : first + count, : -(-L // cache.page_size)]
-        ks, vs = cache.read(layer, pages, L)  # [count, K, L, d]
-        rows = slice(start, start + count * R)
-        groups = q[rows].view(count, R, K, H // K, d).permute(0, 2, 3, 1, 4)  # [count, K, G, R, d]
-        past = None
-        if min(lengths) < L:  # decodes of unequal contexts, R = 1
-            past = torch.arange(L, device=q.device) > batch.positions[rows].view(count, 1, 1, 1)  # [count, 1, 1, L]
-            vs = vs.masked_fill(past.transpose(-1, -2), 0)  # 0 * NaN is NaN: what lies there is none of its business
-        tile = min(R, tile_rows(q.device, count * H * L)) if tap.tiles else R
-        out = z[rows].view(count, R, K, H // K, d).permute(0, 2, 3, 1, 4)
-        for r in range(0, R, tile):
-            part = groups[:, :, :, r : r + tile]  # [count, K, G, tile, d]
-            n = part.shape[3]
-            seen = L - R + r + n  # by the last row of the tile; the one before does not see the last of these, ...
-            hidden = past if n == 1 else torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1).repeat(H // K, 1)
-            z_part = ops.attend(part.flatten(2, 3), ks[..., :seen, :], vs[..., :seen, :], hidden, scale,
-                                tap.paged(first, count, r))
-            out[:, :, :, r : r + tile] = z_part.view(part.shape)
-        start = rows.stop
-    return z
+        ks, vs = cache.read(layer, batch.block_tables[first : first + count, : -(-L // cache.page_size)], L)
+        if R == 1:
+            past, rows = None, slice(start, start + count)
+            if min(lengths) < L:
+                past = torch.arange(L, device=q.device) > batch.positions[rows].view(count, 1, 1, 1)  # [count, 1, 1, L]
+                vs = vs.masked_fill(past.transpose(-1, -2), 0)  # 0 * NaN is NaN, and what lies there may be anything
+            z = ops.attend(q[rows].view(count, K, H // K, d), ks, vs, past, scale, tap.paged(first, count, 0))
+            parts.append(z.view(count, H, d))
+        tile = tile_rows(q.device, H * L) if tap.tiles else R
+        for r in range(0, R if R > 1 else 0, tile):
+            n = min(tile, R - r)
+            seen = L - R + r + n  # by the last token of the tile; the one before does not see the last of these, ...
+            hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1).repeat(H // K, 1)
+            part = q[start + r : start + r + n].view(n, K, H // K, d).permute(1, 2, 0, 3)  # [K, G, n, d]
+            z = ops.attend(part.reshape(1, K, -1, d), ks[..., :seen, :], vs[..., :seen, :], hidden, scale,
+                           tap.paged(first, 1, r))
+            parts.append(z.view(part.shape).permute(2, 0, 1, 3).reshape(n, H, d))
+        start += count * R
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def runs(query_lens: tuple[int, ...]):
-    """(first, count) of maximal runs of equal numbers, only decodes (1) in runs longer than one.
-
-    Prompts of equal length would fit together too, but their contexts differ more than they gain.
-    """
-    i = 0
-    while i < len(query_lens):
-        j = i + 1
-        while query_lens[i] == 1 and j < len(query_lens) and query_lens[j] == 1:
-            j += 1
-        yield i, j - i
-        i = j
+def runs(query_lens: tuple[int, ...], context_lens: tuple[int, ...]):
+    """(first, count) of what attends together: decodes next to each other, as long as their contexts, padded to the
+    longest, take at most 2^13 tokens or twice what they have; everything else alone."""
+    first = 0
+    while first < len(query_lens):
+        end, most, total = first, 0, 0
+        while end < len(query_lens) and query_lens[end] == 1:
+            most, total = max(most, context_lens[end]), total + context_lens[end]
+            if end > first and most * (end + 1 - first) > max(1 << 13, 2 * total):
+                break
+            end += 1
+        end = max(end, first + 1)
+        yield first, end - first
+        first = end
