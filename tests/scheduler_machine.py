@@ -99,6 +99,8 @@ class Machine:
         scheduler, pool = self.scheduler, self.pool
         before, preempted, evicted = list(scheduler.running), scheduler.num_preemptions, pool.evictions
         plan = scheduler.schedule()
+        if scheduler.num_preemptions > preempted:
+            assert not any(s.blocks for s in scheduler.waiting), "taken from who ran, not from who waits"
         self.happened["preemption"] += scheduler.num_preemptions - preempted
         self.happened["eviction"] += pool.evictions - evicted
         self.happened["step"] += 1
@@ -155,8 +157,8 @@ class Machine:
         if admitted and scheduler.waiting:
             assert max(admitted) < scheduler.waiting[0].key, "overtaken in the queue"
         gone = [s.key for s in before if s not in scheduler.running]
-        if gone:
-            assert min(gone) > max((s.key for s in before if s in scheduler.running), default=(-1, 0)), "not the youngest"
+        stayed = [s.key for s in before if s in scheduler.running]
+        assert not gone or not stayed or min(gone) > max(stayed), "not the youngest gave way"
 
     def reads_its_own_text(self, sequence: Sequence, length: int) -> None:
         size, texts = self.size, sequence.state["texts"]
@@ -182,7 +184,8 @@ class Machine:
         assert all(holders[block] == 1 for block in open_blocks), "shared before it is full"
         assert sorted(pool.unused) == [b for b, n in enumerate(holders) if n == 0]
         # The prefix cache: what can be found is what is written, and it goes in the order of its last use.
-        assert {c.digest: b for b, c in pool.content.items()} == pool.by_digest and len(pool.by_digest) == len(pool.content)
+        assert {c.digest: b for b, c in pool.content.items()} == pool.by_digest
+        assert len(pool.by_digest) == len(pool.content)
         for block, record in pool.content.items():
             assert self.written[block][-1] == pool.text_of[record.serial], "served to others, but not what it says"
         order = [pool.given_back[b] if b in pool.content else -1 for b in pool.unused]

@@ -508,6 +508,10 @@ def test_generate_and_streams_lose_nobodys_output(make, embedded_model, embedded
     next(stream)
     stream.close()  # a reader who goes away
     assert idle(llm)
+    early = llm.add_request(PROMPTS[0], short)
+    llm.generate(PROMPTS[1], long, use_tqdm=False)
+    assert not llm.requests and llm.has_unfinished_requests, "what is not reported would be lost"
+    assert [o.request_id for o in llm.step()] == [early] and idle(llm)
 
 
 def test_one_sample_that_fails_ends_its_request_alone(embedded_model, monkeypatch):
@@ -632,12 +636,21 @@ class Hasty(Scheduler):
         self.add(child)
 
 
+class Sparing(Scheduler):
+    def _make_room(self, running=None):
+        """Takes nothing from those who wait while there is one who runs."""
+        waiting, self.waiting = self.waiting, [] if running else self.waiting
+        made = super()._make_room(running)
+        self.waiting = sorted(self.waiting + waiting, key=lambda s: s.key) if running else self.waiting
+        return made
+
+
 class Queue(Scheduler):
     def add(self, sequence):
         self.waiting.append(sequence)  # a preempted sequence goes to the end
 
 
-@pytest.mark.parametrize("broken", [Trusting, Forgetful, Newest, Whole, Unsalted, Grudging, Hasty, Queue])
+@pytest.mark.parametrize("broken", [Trusting, Forgetful, Newest, Whole, Unsalted, Grudging, Hasty, Sparing, Queue])
 def test_a_broken_one_is_caught(broken):
     kind = "pool_class" if issubclass(broken, BlockPool) else "scheduler_class"
     r = random.Random(0)

@@ -23,7 +23,7 @@ from minqwen.config import GenerationDefaults
 from minqwen.engine.kv_cache import BlockPool
 from minqwen.engine.outputs import CompletionOutput, Metrics, RequestOutput
 from minqwen.engine.params import SamplingParams
-from minqwen.engine.sampling import Row, StopChecker, bad_word_ids, logprobs_of, sample
+from minqwen.engine.sampling import Row, StopChecker, bad_word_ids, logprobs_of, sample, wide
 from minqwen.engine.scheduler import Scheduler, Sequence
 from minqwen.engine.structured import Constraint, ConstraintCompiler
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
@@ -43,7 +43,6 @@ class Request:
     salt: str | None
     sequences: list[Sequence] = field(default_factory=list)
     forked: bool = False
-    awaited: bool = False  # by generate or stream, which read the output themselves: `step` need not report it
     trace: set[str] = field(default_factory=set)  # the points that the caller wants to see
 
 
@@ -152,7 +151,6 @@ class LLM:
             for prompt, p in zip(prompts, params):
                 request_id = self.add_request(prompt, p, cache_salt=cache_salt, trace=trace)
                 requests.append(self.requests[request_id])
-                requests[-1].awaited = True
             started, before, shown = time.perf_counter(), self.tokens_generated, 0.0
             while not all(r.output.finished for r in reversed(requests)):
                 self._advance()
@@ -174,7 +172,7 @@ class LLM:
         Several streams may be read by turns."""
         request_id = self.add_request(prompt, sampling_params, **options)
         request, shown = self.requests[request_id], 0
-        request.awaited, output = True, request.output
+        output = request.output
         try:
             if request.params.n != 1:
                 raise SamplingError("n is more than 1: a stream is one completion")
@@ -284,7 +282,8 @@ class LLM:
         return bool(self.requests or self.news)
 
     def step(self) -> list[RequestOutput]:
-        """One forward pass. Returns the requests from `add_request` that have something new."""
+        """One forward pass. Returns the requests that have something new since the last `step`: those too that
+        went on while `generate` or `stream` made the passes."""
         self._advance()
         news, self.news = self.news, {}
         return list(news.values())
@@ -301,7 +300,8 @@ class LLM:
         ids, batch, rows_of = self._pack(plan)
         logits = self.model(ids, batch, self.cache, self._tap(plan, rows_of))
         last = logits if len(logits) == len(plan) else logits[[end - 1 for _, end in rows_of]]  # [B, V]
-        sound = last.sum(-1, dtype=torch.float64).isfinite().tolist()  # a NaN or an infinity stays one in the sum
+        last = wide(last)
+        sound = last.sum(-1).isfinite().tolist()  # a NaN or an infinity stays one in the sum
         at_end = [i for i, (s, count) in enumerate(plan) if sound[i] and s.computed + count == len(s.ids)]
         last = last if len(at_end) == len(plan) else last[at_end]
         drawn = dict(zip(at_end, self._draw([plan[i][0] for i in at_end], last))) if at_end else {}
@@ -316,7 +316,7 @@ class LLM:
                 self.scheduler.computed(sequence, count)
                 if i in drawn:
                     self._append(sequence, *drawn[i])
-            if not request.awaited and (i in drawn or request.output.finished):
+            if i in drawn or request.output.finished:
                 self.news[request.output.request_id] = request.output
 
     # ---- the parts of a step ---------------------------------------------------------------------------------
