@@ -163,9 +163,9 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[dict[in
         else:
             (plain if row.plain else other).append(i)
     if plain:
-        _put(tokens, plain, _greedy(_wide(_take(logits, plain))))
+        _put(tokens, plain, _greedy(wide(_take(logits, plain))))
     if other:
-        x = _wide(_take(logits, other))
+        x = wide(_take(logits, other))
         x = x.clone() if x.data_ptr() == logits.data_ptr() else x.contiguous()
         x = _transform(x, [rows[i] for i in other])
         for choose, some in ((_greedy, [j for j, i in enumerate(other) if rows[i].greedy]),
@@ -192,7 +192,7 @@ def _take(x: Tensor, at: list[int]) -> Tensor:
     return x if len(at) == len(x) else x[torch.tensor(at, device=x.device)]
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """float32, as transformers samples, or float64 where the model computes in that."""
     return x.detach() if x.dtype == torch.float64 else x.detach().float()
 
@@ -377,7 +377,7 @@ def logprobs_of(logits: Tensor, ids: Sequence[int], num: int | Sequence[int]) ->
     step = 16 if logits.device.type == "cpu" else 256
     for start in range(0, len(ids), step):
         some = slice(start, start + step)
-        lp = _wide(logits[some]).log_softmax(-1)
+        lp = wide(logits[some]).log_softmax(-1)
         chosen = lp.gather(1, torch.as_tensor(ids[some], device=lp.device)[:, None])
         above = _count_above(lp, chosen)
         counts = [lp.shape[1] if n < 0 else min(n, lp.shape[1]) for n in nums[some]]

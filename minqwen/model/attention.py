@@ -68,10 +68,12 @@ def paged_attention(
         L = max(lengths)
         ks, vs = cache.read(layer, batch.block_tables[first : first + count, : -(-L // cache.page_size)], L)
         if R == 1:
-            past, rows = None, slice(start, start + count)
-            if min(lengths) < L:
-                past = torch.arange(L, device=q.device) > batch.positions[rows].view(count, 1, 1, 1)  # [count, 1, 1, L]
-                vs = vs.masked_fill(past.transpose(-1, -2), 0)  # 0 * NaN is NaN, and what lies there may be anything
+            past, least, rows = None, min(lengths), slice(start, start + count)
+            if least < L:
+                at = torch.arange(least, L, device=q.device)
+                past = at > batch.positions[rows].view(count, 1, 1, 1)  # [count, 1, 1, L - least]
+                # 0 * NaN is NaN, and what lies there may be anything. `read` gave a copy: it may be written to.
+                vs[:, :, least:].masked_fill_(past.transpose(-1, -2), 0)
             z = ops.attend(q[rows].view(count, K, H // K, d), ks, vs, past, scale, tap.paged(first, count, 0))
             parts.append(z.view(count, H, d))
         tile = tile_rows(q.device, H * L) if tap.tiles else R
