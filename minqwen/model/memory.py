@@ -43,19 +43,17 @@ def step_phases(
 
     at_height, pages, done = [], 0, 0  # attention's bytes; of the pages gathered last; of the z's so far
     for first, count in runs(query_lens, context_lens):
-        R, lengths = query_lens[first], context_lens[first : first + count]
-        L, ragged = max(lengths), min(lengths) < max(lengths)
+        R, L = query_lens[first], max(context_lens[first : first + count])
         gathered = count * -(-L // block_size) * block_size * K * d * i  # keys; as much for values
         at_height.append(pages + 2 * gathered + done)  # the pages before are let go when these are there
-        pages = (3 if ragged else 2) * gathered  # the third: values masked beyond each context
+        pages = 2 * gathered
         rows = min(R, tile_rows(torch.device(device), H * L))
         scores, done = count * H * rows * L, done + count * R * H * d * i
-        copy = gathered if count > 1 else 0  # matmul wants [count * K, L, d] in one stride, which masked values have
+        copy = gathered if count > 1 else 0  # matmul wants [count * K, L, d] in one stride
         tile = rows * H * d * i + rows * rows * H // K if R > 1 else 0  # queries by heads; the mask
         at_height.append(pages + done + tile + max(
-            copy + scores * i,
             scores * (i + w + widened),  # scores; softmax in float32
-            (0 if ragged else copy) + scores * 2 * i,  # scores, pattern
+            copy + scores * 2 * i,  # scores, pattern
         ))
     at_height.append(pages + 2 * done)  # z's put together
     summed = T * D * (w if size > 1 else sums)  # in float32: what o and down give, over ranks
@@ -82,13 +80,12 @@ def step_bytes(config: ModelConfig, query_lens: tuple[int, ...], context_lens: t
 
 
 def worst_steps(context: int, batch: int, tokens: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(query_lens, context_lens) of the steps that hold most while `batch` sequences reach `context` tokens each.
-
-    All decode, not quite in step; the last chunk of a prompt while the others decode; as many whole prompts as fit.
-    tokens: max_num_batched_tokens, at least `batch`.
+    """(query_lens, context_lens) of the steps that hold most while `batch` sequences reach `context` tokens each: all
+    decode, not quite in step; or as many as it takes to fill the step bring prompts, or what fits of the last one,
+    while the others decode. tokens: max_num_batched_tokens, at least `batch`.
     """
     contexts = (max(1, context - 1),) * (batch > 1) + (context,) * max(1, batch - 1)
-    chunk, whole = min(context, tokens - batch + 1), min(batch, tokens // context)
-    rest = min(context, tokens - whole * context) if whole < batch else 0
-    packed = (context,) * whole + (rest,) * (rest > 0)
-    return [((1,) * batch, contexts), ((1,) * (batch - 1) + (chunk,), contexts), (packed, packed)]
+    prompts = min(batch, max(1, -(-(tokens - batch) // max(1, context - 1))))
+    others = batch - prompts
+    last = min(context, tokens - others - (prompts - 1) * context)
+    return [((1,) * batch, contexts), ((1,) * others + (context,) * (prompts - 1) + (last,), contexts)]
