@@ -126,7 +126,8 @@ def margin(exact: Qwen2, job: Job, tokens: list[int], other: int) -> float:
 
 
 def compare(crowd: Run, solo: Run, jobs: list[Job], exact: Qwen2 | None = None) -> dict[str, int]:
-    """Counts of completions. "wrong" must be 0. exact: a model that judges ties, for native arithmetic."""
+    """Counts of completions ("same" in exact arithmetic: of whole requests). "wrong" must be 0. exact: a model that
+    judges ties, for native arithmetic."""
     counts = dict.fromkeys(("same", "prefix", "tie", "sampled otherwise", "wrong"), 0)
     for i, (job, got, want) in enumerate(zip(jobs, crowd.outputs, solo.outputs, strict=True)):
         if exact is None and i not in crowd.aborted:
