@@ -68,10 +68,18 @@ class Native:
         keys a query must not see; None: it sees all. Returns z [N, heads, R, d]. `tap(name, x)` shows
         "attn.scores" and "attn.pattern" [N, heads, R, L].
         """
-        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
+        scores = head_matmul(q, k.transpose(-1, -2)).mul_(scale)
         if hidden is not None:
             scores[..., -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
         scores = tap("attn.scores", scores)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         pattern = tap("attn.pattern", torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype))
-        return torch.matmul(pattern, v)
+        return head_matmul(pattern, v)
+
+
+def head_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b for a [N, heads, R, m], b [N, heads, m, n]. torch.matmul copies a batch that has no single stride, as pages
+    of several sequences have none; then heads are multiplied one by one."""
+    if len(b) == 1 or b.stride(0) == b.shape[1] * b.stride(1):
+        return torch.matmul(a, b)
+    return torch.stack([torch.bmm(a[:, i], b[:, i]) for i in range(a.shape[1])], 1)

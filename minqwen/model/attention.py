@@ -24,6 +24,7 @@ class KVCache:
     def __init__(self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype, device):
         self.pool = torch.zeros(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
         self.page_size = page_size
+        self.gathered = self.pool.new_empty(0)  # what `read` fills, kept: a fresh page of memory costs more than a copy
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [T, K, d] at `slots` [T]."""
@@ -31,10 +32,17 @@ class KVCache:
         keys.index_copy_(0, slots, k)
         values.index_copy_(0, slots, v)
 
-    def read(self, layer: int, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` keys and values of B page lists [B, n]: two [B, K, length, d] views."""
-        both = self.pool[layer].index_select(1, pages.flatten())  # [2, B * n, S, K, d]
-        both = both.view(2, len(pages), -1, *both.shape[3:])  # [2, B, n * S, K, d]
+    def read(self, layer: int, block_tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` keys and values of B lists of pages [B, n or more]: two [B, K, length, d], copies that
+        may be written to and that the next call overwrites."""
+        pages = block_tables[:, : -(-length // self.page_size)].flatten()
+        page = self.pool.shape[3:]  # [S, K, d]
+        size = 2 * len(pages) * page.numel()
+        if self.gathered.numel() < size:
+            self.gathered = self.pool.new_empty(size)
+        both = self.gathered[:size].view(2, len(pages), *page)
+        torch.index_select(self.pool[layer], 1, pages, out=both)
+        both = both.view(2, len(block_tables), -1, *page[1:])  # [2, B, tokens, K, d]
         return both[:, :, :length].transpose(2, 3).unbind(0)
 
 
@@ -63,43 +71,24 @@ def paged_attention(
     cache.write(layer, batch.slots, *ops.cached(k, v))
     H, K, d = q.shape[1], *k.shape[1:]
     parts, start = [], 0  # [n, H, d] each
-    for first, count in runs(batch.query_lens, batch.context_lens):
-        R, lengths = batch.query_lens[first], batch.context_lens[first : first + count]
-        L = max(lengths)
-        ks, vs = cache.read(layer, batch.block_tables[first : first + count, : -(-L // cache.page_size)], L)
+    for run in batch.runs:
+        R, L, count = run.query_len, run.length, run.count
+        ks, vs = cache.read(layer, run.block_tables, L)
         if R == 1:
-            past, least, rows = None, min(lengths), slice(start, start + count)
-            if least < L:
-                at = torch.arange(least, L, device=q.device)
-                past = at > batch.positions[rows].view(count, 1, 1, 1)  # [count, 1, 1, L - least]
-                # 0 * NaN is NaN, and what lies there may be anything. `read` gave a copy: it may be written to.
-                vs[:, :, least:].masked_fill_(past.transpose(-1, -2), 0)
-            z = ops.attend(q[rows].view(count, K, H // K, d), ks, vs, past, scale, tap.paged(first, count, 0))
+            if run.past is not None:  # 0 * NaN is NaN, and what lies there may be anything; `read` gave a copy
+                vs[..., -run.past.shape[-1] :, :].masked_fill_(run.past.transpose(-1, -2), 0)
+            z = ops.attend(q[start : start + count].view(count, K, H // K, d), ks, vs, run.past, scale,
+                           tap.paged(run.first, count, 0))
             parts.append(z.view(count, H, d))
-        tile = tile_rows(q.device, H * L) if tap.tiles else R
-        for r in range(0, R if R > 1 else 0, tile):
-            n = min(tile, R - r)
-            seen = L - R + r + n  # by the last token of the tile; the one before does not see the last of these, ...
-            hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1).repeat(H // K, 1)
-            part = q[start + r : start + r + n].view(n, K, H // K, d).permute(1, 2, 0, 3)  # [K, G, n, d]
-            z = ops.attend(part.reshape(1, K, -1, d), ks[..., :seen, :], vs[..., :seen, :], hidden, scale,
-                           tap.paged(first, 1, r))
-            parts.append(z.view(part.shape).permute(2, 0, 1, 3).reshape(n, H, d))
+        else:
+            tile = tile_rows(q.device, H * L) if tap.tiles else R
+            for r in range(0, R, tile):
+                n = min(tile, R - r)
+                seen = L - R + r + n  # by the tile's last token; the one before does not see the last of these, ...
+                hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1).repeat(H // K, 1)
+                part = q[start + r : start + r + n].view(n, K, H // K, d).permute(1, 2, 0, 3)  # [K, G, n, d]
+                z = ops.attend(part.reshape(1, K, -1, d), ks[..., :seen, :], vs[..., :seen, :], hidden, scale,
+                               tap.paged(run.first, 1, r))
+                parts.append(z.view(part.shape).permute(2, 0, 1, 3).reshape(n, H, d))
         start += count * R
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def runs(query_lens: tuple[int, ...], context_lens: tuple[int, ...]):
-    """(first, count) of what attends together: decodes next to each other, as long as their contexts, padded to the
-    longest, take at most 2^13 tokens or twice what they have; everything else alone."""
-    first = 0
-    while first < len(query_lens):
-        end, most, total = first, 0, 0
-        while end < len(query_lens) and query_lens[end] == 1:
-            most, total = max(most, context_lens[end]), total + context_lens[end]
-            if end > first and most * (end + 1 - first) > max(1 << 13, 2 * total):
-                break
-            end += 1
-        end = max(end, first + 1)
-        yield first, end - first
-        first = end

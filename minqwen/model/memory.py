@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
-from minqwen.model.attention import runs, tile_rows
+from minqwen.model.attention import tile_rows
+from minqwen.model.batch import runs
 
 
 def step_phases(
