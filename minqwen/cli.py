@@ -16,7 +16,7 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "embedded"
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --device, --arithmetic, --check-finite: what `checkpoint.load_pretrained` takes."""
+    """--model, --dtype, --device, --arithmetic, --offload, --check-finite: what `checkpoint.load_pretrained` takes."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=str(EMBEDDED), metavar="DIR",
                        help="a Hugging Face safetensors directory (default: the embedded model)")
@@ -25,6 +25,8 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=["cpu", "cuda"], help="default: GPUs if there is one for each rank")
     group.add_argument("--arithmetic", default="native", choices=["native", "exact"],
                        help="exact: the same bits whatever the batch, the degree, the machine (default: native)")
+    group.add_argument("--offload", choices=["memory", "disk"],
+                       help="layers' weights stay there and come when needed: for a device that is too small")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that hold NaN or infinity")
 
 

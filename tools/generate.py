@@ -151,8 +151,8 @@ def main() -> int:
     if speak and not prompts and not conversation:
         raise MinqwenError("no prompt: give --prompt TEXT, --prompt-file F, or - for standard input")
     llm = LLM(args.model, dtype=args.dtype, device=args.device, arithmetic=args.arithmetic,
-              check_finite=args.check_finite, max_model_len=args.max_model_len, block_size=args.block_size,
-              seed=args.seed, progress=True)
+              check_finite=args.check_finite, offload=args.offload, max_model_len=args.max_model_len,
+              block_size=args.block_size, seed=args.seed, progress=True)
     flags = {name: getattr(args, name) for name in
              ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "logprobs")}
     params = SamplingParams.from_defaults(

@@ -37,7 +37,7 @@ def compute(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     mesh = Mesh.from_env(args.device)
     tokenizer = Tokenizer.from_dir(args.model)
     model = Qwen2.from_pretrained(args.model, dtype=args.dtype, arithmetic=args.arithmetic, mesh=mesh,
-                                  check_finite=args.check_finite)
+                                  check_finite=args.check_finite, offload=args.offload)
     ids = tokenizer.encode(args.text)
     if not ids:
         raise MinqwenError("the text has no tokens: give at least one")

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minqwen.checkpoint.offload import LayerStream, check_offload, is_layer
 from minqwen.checkpoint.reader import Checkpoint
 from minqwen.errors import ConfigError
-from minqwen.parallel import SINGLE, Mesh, check_degree
+from minqwen.model import Exact, Qwen2
+from minqwen.parallel import SINGLE, Mesh, check_degree, shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -30,16 +32,17 @@ def load_pretrained(
     mesh: Mesh = SINGLE,
     check_finite: bool = False,
     progress: bool = False,
+    offload: str | None = None,
 ):
     """The model in `path`, a directory with config.json and safetensors files, on this rank.
 
     dtype: of weights, activations and logits; "auto" is config.json's. device: default the mesh's. arithmetic:
     see model/arithmetic.py. check_finite: scan all weights for NaN and infinity first. progress: a bar, on rank 0.
-    At no time is more than this rank's weights and one tensor held. Raises CheckpointError, ConfigError,
+    offload: for a device that is too small, its layers' weights stay in main "memory" (pinned, for a GPU) or on
+    "disk" and come when they are needed, in every step. At no time is more than this rank's weights and one tensor held. Raises CheckpointError, ConfigError,
     ParallelError, before any weight is read where that can be known before.
     """
-    from minqwen.model.qwen2 import Qwen2  # checkpoint/ and model/ know each other only here
-
+    check_offload(offload)
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     check_degree(config, mesh.size)
@@ -54,5 +57,21 @@ def load_pretrained(
         bar.update()
         return checkpoint.read(name, mine, dtype, device)
 
+    options = {"dtype": dtype, "device": device, "mesh": mesh}
     with bar:
-        return Qwen2.from_tensors(config, read, dtype=dtype, device=device, mesh=mesh, arithmetic=arithmetic)
+        if offload is None:
+            return Qwen2.from_tensors(config, read, arithmetic=arithmetic, **options)
+        ops = Exact(widen=False) if arithmetic == "exact" else arithmetic  # what comes and goes is kept narrow
+        model = Qwen2.from_tensors(config, read, only=lambda name: not is_layer(name), arithmetic=ops, **options)
+
+        def fetch(name):
+            return checkpoint.read(name, shard(name, config, mesh.rank, mesh.size), dtype)
+
+        if offload == "memory":
+            held, pin = {}, torch.device(device).type == "cuda"
+            for name in filter(is_layer, config.parameter_shapes()):
+                bar.update()
+                held[name] = fetch(name).pin_memory() if pin else fetch(name)
+            fetch = held.__getitem__
+        LayerStream(model, fetch, device)
+        return model

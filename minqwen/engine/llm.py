@@ -61,8 +61,8 @@ class Completion:
 class LLM:
     """A model, its tokenizer, its cache and its scheduler.
 
-    model: a Hugging Face safetensors directory, or a `Qwen2` (then give `tokenizer`). dtype, device, arithmetic:
-    as in `checkpoint.load_pretrained`. max_model_len: most tokens of prompt and output, default the config's.
+    model: a Hugging Face safetensors directory, or a `Qwen2` (then give `tokenizer`). dtype, device, arithmetic,
+    offload: as in `checkpoint.load_pretrained`. max_model_len: most tokens of prompt and output, default the config's.
     block_size: tokens per page, 1 to 256. The cache holds `num_blocks` pages, or `kv_cache_bytes` per rank, or
     what `gpu_memory_utilization` leaves; on a CPU, at most a fifth of the memory that is free. max_num_seqs and
     max_num_batched_tokens bound a step. enable_prefix_caching: reuse what earlier requests computed. seed: of
@@ -89,6 +89,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int | None = None,
         check_finite: bool = False,
+        offload: str | None = None,
         progress: bool = False,
     ):
         if isinstance(model, Qwen2):
@@ -99,7 +100,7 @@ class LLM:
             self.tokenizer = tokenizer or Tokenizer.from_dir(model)
             self.model = load_pretrained(
                 model, dtype=dtype, device=device, arithmetic=arithmetic, mesh=self.mesh,
-                check_finite=check_finite, progress=progress,
+                check_finite=check_finite, progress=progress, offload=offload,
             )
             self.defaults = GenerationDefaults.from_dir(model, self.model.config)
         self.config = self.model.config

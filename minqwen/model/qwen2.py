@@ -201,16 +201,15 @@ class Qwen2(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         mesh: Mesh = SINGLE,
+        only: Callable[[str], bool] = lambda name: True,
         **options,
     ) -> Qwen2:
-        """Build from `read(name, shard) -> Tensor`, one parameter at a time: nothing is held twice."""
+        """Build from `read(name, shard) -> Tensor`, one parameter at a time: nothing is held twice. Parameters that
+        `only` refuses have no value yet."""
         model = cls(config, dtype=dtype, device="meta", mesh=mesh, **options)
-        for name in config.parameter_shapes():
-            mine = shard(name, config, mesh.rank, mesh.size)
-            module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            value = read(name, mine).to(device=device, dtype=dtype)
-            assert value.shape == getattr(module, leaf).shape, (name, value.shape)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        for name in filter(only, config.parameter_shapes()):
+            value = read(name, shard(name, config, mesh.rank, mesh.size))
+            model.set_parameter(name, value.to(device=device, dtype=dtype))
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.prepare()
@@ -220,20 +219,28 @@ class Qwen2(nn.Module):
         from minqwen.checkpoint import write_checkpoint
         from minqwen.errors import CheckpointError
 
-        if self.mesh.size > 1 or self.ops.name != "native":
+        if self.mesh.size > 1 or self.ops.name != "native" or any(x.is_meta for x in self.parameters()):
             raise CheckpointError(
-                f"{path}: not written, because this model holds a rank's slice or prepared weights "
-                f"(degree {self.mesh.size}, {self.ops.name} arithmetic): load it natively on one rank to save it"
+                f"{path}: not written, because this model holds a rank's slice, prepared weights or not all of them "
+                f"(degree {self.mesh.size}, {self.ops.name} arithmetic, offload): load it whole on one rank to save it"
             )
         state = self.state_dict()
         names = self.config.parameter_shapes()
         config = self.config.replace(dtype=str(self.dtype).removeprefix("torch."))
         write_checkpoint(path, config, ((name, state[name]) for name in names), **options)
 
-    def prepare(self) -> Qwen2:
-        """Let the arithmetic make the weights ready. Call it when they are in place, and after changing them."""
-        for module in self.modules():
-            if isinstance(module, Linear):
+    def set_parameter(self, name: str, value: Tensor | None) -> None:
+        """Put `value` in a parameter's place, of the same shape; None: the parameter has no value any more."""
+        module, leaf = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        shape = getattr(module, leaf).shape
+        value = torch.empty(shape, dtype=self.dtype, device="meta") if value is None else value
+        assert value.shape == shape, (name, value.shape)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    def prepare(self, part: nn.Module | None = None) -> Qwen2:
+        """Let the arithmetic make the weights, or those of `part`, ready: when they are in place or were changed."""
+        for module in (part or self).modules():
+            if isinstance(module, Linear) and not module.weight.is_meta:
                 self.ops.prepare(module, module.mesh)
         return self
 
