@@ -24,6 +24,7 @@ from minqwen.engine.kv_cache import BlockPool
 from minqwen.engine.scheduler import Scheduler, Sequence
 from minqwen.engine.structured import StructuredOutputs
 from minqwen.errors import MinqwenError
+from minqwen.model.memory import step_bytes, worst_steps
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 PROMPTS = ["In the beginning", "And it came to pass, that", "The LORD is my shepherd; I shall not want. He maketh me"]
@@ -142,10 +143,36 @@ def test_what_cannot_be_served_is_refused_in_one_line(make, embedded_model, embe
         assert "\n" not in str(e.value)
     assert not llm.has_unfinished_requests
     for bad in ({"block_size": 0}, {"block_size": 257}, {"num_blocks": 2, "max_model_len": 200}, {"max_num_seqs": 0},
-                {"max_model_len": 10**7}):
+                {"max_model_len": 10**7}, {"num_blocks": 0}, {"num_blocks": None, "kv_cache_bytes": -1},
+                {"gpu_memory_utilization": 1.5}):
         with pytest.raises(MinqwenError) as e:
             make(embedded_model, embedded_tokenizer, **bad)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("seqs, tokens, length", [(1, 16, 900), (8, 64, 900), (64, 2048, 200)])
+@pytest.mark.parametrize("arithmetic", ["native", "exact"])
+def test_the_pool_is_what_the_room_leaves_beside_the_fullest_step(embedded_model, exact_model, arithmetic, seqs, tokens,
+                                                                  length, monkeypatch):
+    room = 40_000_000
+    monkeypatch.setattr(LLM, "_room", lambda self, utilization: room)
+    model = embedded_model if arithmetic == "native" else exact_model
+    llm = LLM(model, max_model_len=length, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+    page = llm.cache.pool.nbytes // llm.pool.num_blocks
+    assert page == 2 * 16 * model.config.num_hidden_layers * model.config.kv_size * 4
+    dtype = "float32" if arithmetic == "native" else "float64"
+
+    def taken(pages: int) -> int:
+        few, many = min(seqs, pages * 16 // length), min(length, pages * 16 // seqs)
+        steps = [*worst_steps(length, few, tokens), *worst_steps(many, seqs, tokens)]
+        return pages * page + max(step_bytes(model.config, *s, dtype=dtype, device="cpu") for s in steps)
+
+    assert taken(llm.pool.num_blocks) <= room
+    most = seqs * -(-length // 16)  # that could ever be used
+    assert llm.pool.num_blocks == most or taken(llm.pool.num_blocks + 1) > room
+    monkeypatch.setattr(LLM, "_room", lambda self, utilization: 100_000)
+    with pytest.raises(MinqwenError, match="cache has 0: .*gpu_memory_utilization"):
+        LLM(model, max_model_len=length, max_num_seqs=seqs, max_num_batched_tokens=tokens)
 
 
 def test_nan_ends_its_request_and_never_enters_the_prefix_cache(make, embedded_model, embedded_tokenizer, oracle,

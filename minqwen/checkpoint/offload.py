@@ -1,7 +1,7 @@
 """Weights that live elsewhere: layers come to the device one by one, each while the one before is computing.
 
 For a device that is too small for the model. Embedding, final norm and head stay on it; of the layers there are at
-most three at a time: one that computes, one on its way, and one whose memory is not yet free again.
+most LAYERS_HELD at a time: one that computes, one on its way, and one whose memory is not yet free again.
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from minqwen.errors import ConfigError
 from minqwen.model import Qwen2
 
 OFFLOADS = ("memory", "disk")
+LAYERS_HELD = 3
 
 
 def check_offload(offload: str | None) -> None:

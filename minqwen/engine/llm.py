@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minqwen.checkpoint import load_pretrained
+from minqwen.checkpoint.offload import LAYERS_HELD
 from minqwen.config import GenerationDefaults
 from minqwen.engine.kv_cache import BlockPool
 from minqwen.engine.outputs import CompletionOutput, Metrics, RequestOutput
@@ -28,6 +29,7 @@ from minqwen.engine.scheduler import Scheduler, Sequence
 from minqwen.engine.structured import Constraint, ConstraintCompiler
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
 from minqwen.model import Batch, Qwen2
+from minqwen.model.memory import pages_that_fit
 from minqwen.model.trace import UNTRACED, Seen, Tap, select
 from minqwen.parallel import Mesh
 from minqwen.tokenizer import IncrementalDecoder, Tokenizer
@@ -63,10 +65,11 @@ class LLM:
 
     model: a Hugging Face safetensors directory, or a `Qwen2` (then give `tokenizer`). dtype, device, arithmetic,
     offload: as in `checkpoint.load_pretrained`. max_model_len: most tokens of prompt and output, default the config's.
-    block_size: tokens per page, 1 to 256. The cache holds `num_blocks` pages, or `kv_cache_bytes` per rank, or
-    what `gpu_memory_utilization` leaves; on a CPU, at most a fifth of the memory that is free. max_num_seqs and
-    max_num_batched_tokens bound a step. enable_prefix_caching: reuse what earlier requests computed. seed: of
-    requests that have none of their own; None draws one. check_finite: refuse weights with NaN or infinity.
+    block_size: tokens per page, 1 to 256. The cache holds `num_blocks` pages, or `kv_cache_bytes` per rank, or what
+    `gpu_memory_utilization` of the device leaves beside the weights and the fullest step (on a CPU, of a fifth of the
+    memory that is free). max_num_seqs and max_num_batched_tokens bound a step. enable_prefix_caching: reuse what
+    earlier requests computed. seed: of requests that have none of their own; None draws one. check_finite: refuse
+    weights with NaN or infinity.
     Raises MinqwenError for what cannot work.
     """
 
@@ -112,7 +115,8 @@ class LLM:
                 "a step must have room for one token of every sequence, and for at least one"
             )
         self.max_model_len, num_blocks = self._size_cache(
-            max_model_len, block_size, num_blocks, kv_cache_bytes, gpu_memory_utilization, max_num_seqs
+            max_model_len, block_size, num_blocks, kv_cache_bytes, gpu_memory_utilization, max_num_seqs,
+            max_num_batched_tokens,
         )
         self.cache = self.model.new_cache(num_blocks, block_size)
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching)
@@ -504,7 +508,8 @@ class LLM:
     # ---- sizes -----------------------------------------------------------------------------------------------
 
     def _size_cache(
-        self, max_model_len, block_size, num_blocks, kv_cache_bytes, gpu_memory_utilization, max_num_seqs
+        self, max_model_len, block_size, num_blocks, kv_cache_bytes, gpu_memory_utilization, max_num_seqs,
+        max_num_batched_tokens,
     ) -> tuple[int, int]:
         """(max_model_len, number of blocks) that fit; every rank the same."""
         c, explicit = self.config, max_model_len is not None
@@ -518,27 +523,41 @@ class LLM:
         kv_heads = max(c.num_key_value_heads // self.mesh.size, 1)
         item = torch.empty((), dtype=self.model.dtype).element_size()
         block_bytes = 2 * c.num_hidden_layers * kv_heads * c.head_dim * item * block_size
-        if num_blocks is None:
-            room = kv_cache_bytes or self._free_bytes(gpu_memory_utilization)
-            num_blocks = room // block_bytes
-            if kv_cache_bytes is None:  # never more than could be used
-                num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // block_size))
+        for name, value in (("num_blocks", num_blocks), ("kv_cache_bytes", kv_cache_bytes)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} is {value}, expected more than 0")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}, expected more than 0, at most 1")
+        if num_blocks is None and kv_cache_bytes is not None:
+            num_blocks = kv_cache_bytes // block_bytes
+        elif num_blocks is None:
+            exact = self.model.ops.name == "exact"  # computes in float64
+            num_blocks = pages_that_fit(
+                c, self._room(gpu_memory_utilization), block_bytes, block_size=block_size,
+                max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+                dtype="float64" if exact else str(self.model.dtype).removeprefix("torch."), size=self.mesh.size,
+                device=self.model.device.type,
+            )
+            num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // block_size))  # never more than can be used
         num_blocks = int(-self.mesh.all_reduce(torch.tensor([-float(num_blocks)], device=self.model.device), "max"))
         if num_blocks * block_size < max_model_len:
             if explicit or num_blocks * block_size < 2:
                 raise ConfigError(
                     f"max_model_len {max_model_len} needs {-(-max_model_len // block_size)} blocks of {block_size} "
                     f"tokens ({-(-max_model_len // block_size) * block_bytes / 1e6:.1f} MB per rank), but the cache "
-                    f"has {num_blocks}: lower max_model_len, or give more num_blocks or kv_cache_bytes"
+                    f"has {num_blocks}: lower max_model_len, or give more num_blocks, kv_cache_bytes or "
+                    "gpu_memory_utilization"
                 )
             max_model_len = num_blocks * block_size
         return max_model_len, num_blocks
 
-    def _free_bytes(self, utilization: float) -> int:
-        if self.model.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.model.device)
-            return max(0, int(free - (1 - utilization) * total))
-        return available_memory() // 5 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    def _room(self, utilization: float) -> int:
+        """Bytes for the cache and for what a step holds."""
+        if self.model.device.type != "cuda":
+            return available_memory() // 5 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free, total = torch.cuda.mem_get_info(self.model.device)
+        streamed = sum(x.numel() * x.element_size() for x in self.model.model.layers[0].parameters() if x.is_meta)
+        return max(0, int(free - (1 - utilization) * total) - LAYERS_HELD * streamed)
 
     def _entropy(self) -> int:
         seed = torch.tensor([secrets.randbits(62)], device=self.model.device)

@@ -42,24 +42,20 @@ def step_phases(
     widened = w if i < w else 0  # softmax copies narrow scores to float32 first
     sums = w if device == "cpu" and i < w else 0  # a CPU without 16-bit instructions multiplies into float32 first
 
-    at_height, pages, done = [], 0, 0  # attention's bytes; of the pages gathered last; of the z's so far
+    at_height, buffer, done = [], 0, 0  # attention's bytes; of the gathered pages; of the z's so far
     for first, count in runs(query_lens, context_lens):
         R, L = query_lens[first], max(context_lens[first : first + count])
-        gathered = count * -(-L // block_size) * block_size * K * d * i  # keys; as much for values
-        at_height.append(pages + 2 * gathered + done)  # the pages before are let go when these are there
-        pages = 2 * gathered
+        gathered = 2 * count * -(-L // block_size) * block_size * K * d * i  # keys and values
+        buffer = max(buffer, gathered)
         rows = min(R, tile_rows(torch.device(device), H * L))
         scores, done = count * H * rows * L, done + count * R * H * d * i
-        copy = gathered if count > 1 else 0  # matmul wants [count * K, L, d] in one stride
         tile = rows * H * d * i + rows * rows * H // K if R > 1 else 0  # queries by heads; the mask
-        at_height.append(pages + done + tile + max(
-            scores * (i + w + widened),  # scores; softmax in float32
-            copy + scores * 2 * i,  # scores, pattern
-        ))
-    at_height.append(pages + 2 * done)  # z's put together
+        at_height.append(done + max(tile + scores * (i + w + widened),  # scores; softmax in float32
+                                    gathered))  # where the buffer grows: the one before
+    at_height.append(2 * done)  # z's put together
     summed = T * D * (w if size > 1 else sums)  # in float32: what o and down give, over ranks
     spread = N * (rows_of_V + 2 * V) * i if size > 1 else 0  # logits padded, of all ranks, and put together
-    fixed = 2 * table * i + packed
+    fixed = 2 * table * i + packed + buffer  # the buffer is the cache's, and stays
     phases = {
         "norm": 2 * x + 2 * T * D * w,
         "queries and keys": 2 * x + 4 * q + 2 * kv,  # the rotation's three intermediates
@@ -71,7 +67,7 @@ def step_phases(
     }
     phases = {name: fixed + held for name, held in phases.items()}
     computing = 4 * w if i == w else 3 * w + i  # of the table: angles, cos, sin; it is done on the CPU
-    phases["rotary table"] = table * (i + (computing if device == "cpu" else 2 * i))  # beside the one before
+    phases["rotary table"] = buffer + table * (i + (computing if device == "cpu" else 2 * i))  # beside the one before
     return phases
 
 
@@ -90,3 +86,27 @@ def worst_steps(context: int, batch: int, tokens: int) -> list[tuple[tuple[int, 
     others = batch - prompts
     last = min(context, tokens - others - (prompts - 1) * context)
     return [((1,) * batch, contexts), ((1,) * others + (context,) * (prompts - 1) + (last,), contexts)]
+
+
+def pages_that_fit(
+    config: ModelConfig, room: int, page_bytes: int, *, max_model_len: int, max_num_seqs: int,
+    max_num_batched_tokens: int, **options
+) -> int:
+    """The most pages, of `page_bytes` each, that together with the fullest step take at most `room` bytes; 0: not one.
+
+    What a step gathers grows with the pool. The fullest are those of as many sequences of `max_model_len` as the
+    pages hold, and those of `max_num_seqs` that share them. options: of `step_bytes`, block_size among them.
+    """
+
+    def taken(pages: int) -> int:
+        tokens = max(1, pages * options["block_size"])
+        few = min(max_model_len, tokens), max(1, min(max_num_seqs, tokens // max_model_len))
+        many = max(1, min(max_model_len, tokens // max_num_seqs)), max_num_seqs
+        steps = [s for context, batch in (few, many) for s in worst_steps(context, batch, max_num_batched_tokens)]
+        return pages * page_bytes + max(step_bytes(config, *step, **options) for step in steps)
+
+    low, high = 0, room // page_bytes + 1  # taken(low) fits, if anything does; taken(high) does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if taken(middle) <= room else (low, middle)
+    return low
