@@ -37,7 +37,8 @@ def step_phases(
     N = B if logit_rows is None else logit_rows
     x, q, kv, mlp = (T * n * i for n in (D, H * d, K * d, config.intermediate_size // size))
 
-    table = (1 << (max(context_lens) - 1).bit_length()) * d  # elements of cos, and of sin
+    length = 1 << (max(context_lens) - 1).bit_length()  # of the rotary table
+    table = length * d  # elements of cos, and of sin
     packed = 8 * (4 * T + B * -(-max(context_lens) // block_size)) + 2 * T * d * i  # ids, positions, ...; cos, sin
     widened = w if i < w else 0  # softmax copies narrow scores to float32 first
     sums = w if device == "cpu" and i < w else 0  # a CPU without 16-bit instructions multiplies into float32 first
@@ -66,8 +67,9 @@ def step_phases(
         "sampling": N * V * i + B * V * (2 * i + w) + min(B, 32 if device == "cuda" else 1) * V * (w + 8),
     }
     phases = {name: fixed + held for name, held in phases.items()}
-    computing = 4 * w if i == w else 3 * w + i  # of the table: angles, cos, sin; it is done on the CPU
-    phases["rotary table"] = buffer + table * (i + (computing if device == "cpu" else 2 * i))  # beside the one before
+    computing = (4 * w if i == w else 3 * w + i) if device == "cpu" else 2 * i  # angles, cos, sin; done on the CPU
+    pages = min(buffer, buffer * length // (2 * max(context_lens)))  # the table is made when half of it is outgrown
+    phases["rotary table"] = pages + table * (i + computing)  # beside the one before
     return phases
 
 
