@@ -23,13 +23,13 @@ import sys
 import time
 from pathlib import Path
 
-SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 131072,
+SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 131072,
          "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768}}
 WIDE = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4,
         "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}  # 132 million parameters
-TIED = {**SMALL, "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
-        "head_dim": 64, "tie_word_embeddings": True}  # the 0.5B with 2 of its 24 layers
+TIED = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 2,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}  # the 0.5B with 2 of its 24 layers
 ATTENTION = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1,
              "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
 # config, dtype, prompts, tokens each, max_num_batched_tokens
@@ -37,7 +37,7 @@ LONG = [(SMALL, "float32", 1, length - 4, 2048) for length in (8192, 32768, 1310
 VALIDATION = [
     (WIDE, "float32", 1, 4096, 2048), (WIDE, "float32", 1, 2048, 2048), (WIDE, "float32", 8, 256, 1024),
     (WIDE, "bfloat16", 1, 1024, 512), (TIED, "float32", 1, 4096, 2048), (TIED, "bfloat16", 8, 128, 512),
-    (ATTENTION, "float32", 1, 8192, 1024), (ATTENTION, "float32", 32, 512, 2048), (SMALL, "float32", 64, 512, 1024),
+    (ATTENTION, "float32", 1, 8192, 1024), (ATTENTION, "float32", 32, 512, 2048), (SMALL, "float32", 64, 512, 4096),
 ]
 
 
@@ -102,7 +102,7 @@ def one(job: dict) -> dict:
     plan = planned(job)
     draw = random.Random(0)
     prompts = [draw.choices(range(job["config"]["vocab_size"]), k=job["length"]) for _ in range(job["prompts"])]
-    run(model_of({**job, "config": SMALL}), [[1] * 40] * 2, 3, 64)
+    run(model_of({**job, "config": SMALL}), [[1] * 2048] * 2, 3, 2048)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident()

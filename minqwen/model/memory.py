@@ -40,7 +40,7 @@ def step_phases(
     length = 1 << (max(context_lens) - 1).bit_length()  # of the rotary table
     table = length * d  # elements of cos, and of sin
     packed = 8 * (4 * T + B * -(-max(context_lens) // block_size)) + 2 * T * d * i  # ids, positions, ...; cos, sin
-    widened = w if i < w else 0  # softmax copies narrow scores to float32 first
+    widened = w if i < w else 0  # scores; softmax in float32, of a copy in float32 where they are narrower
     sums = w if device == "cpu" and i < w else 0  # a CPU without 16-bit instructions multiplies into float32 first
 
     at_height, buffer, done = [], 0, 0  # attention's bytes; of the gathered pages; of the z's so far
@@ -51,8 +51,8 @@ def step_phases(
         rows = min(R, tile_rows(torch.device(device), H * L))
         scores, done = count * H * rows * L, done + count * R * H * d * i
         tile = rows * H * d * i + rows * rows * H // K if R > 1 else 0  # queries by heads; the mask
-        at_height.append(done + max(tile + scores * (i + w + widened),  # scores; softmax in float32
-                                    gathered))  # where the buffer grows: the one before
+        # Where the buffer grows, the one before is there too; untouched main memory takes none.
+        at_height.append(done + max(tile + scores * (i + w + widened), gathered if device != "cpu" else 0))
     at_height.append(2 * done)  # z's put together
     summed = T * D * (w if size > 1 else sums)  # in float32: what o and down give, over ranks
     spread = N * (rows_of_V + 2 * V) * i if size > 1 else 0  # logits padded, of all ranks, and put together
