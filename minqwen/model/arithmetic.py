@@ -47,7 +47,7 @@ class Native:
         """x / sqrt(mean(x^2) + eps), rounded, then times weight (arXiv:1910.07467; no bias, no "1 +")."""
         wide = x if x.dtype == torch.float64 else x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * wide.to(x.dtype)
+        return wide.to(x.dtype).mul_(weight)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """RoPE in the model's dtype: three roundings. x [T, heads, d], cos and sin [T, 1, d]."""
@@ -55,7 +55,7 @@ class Native:
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """SwiGLU's elementwise half (arXiv:2002.05202): silu(gate), rounded, times up."""
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What of a key and a value [T, K, d] goes into the cache."""
@@ -78,8 +78,9 @@ class Native:
 
 
 def head_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b for a [N, heads, R, m], b [N, heads, m, n]. torch.matmul copies a batch that has no single stride, as pages
-    of several sequences have none; then heads are multiplied one by one."""
-    if len(b) == 1 or b.stride(0) == b.shape[1] * b.stride(1):
+    """a b for a [N, heads, R, m], b [N, heads, m, n]. torch.matmul copies what lies in memory token by token, each
+    with all its heads, as pages do, if N is more than 1; then heads are multiplied one by one."""
+    by_tokens = 0 < b.stride(1) < max(b.stride()[2:])
+    if len(b) == 1 or not by_tokens:
         return torch.matmul(a, b)
     return torch.stack([torch.bmm(a[:, i], b[:, i]) for i in range(a.shape[1])], 1)
