@@ -39,6 +39,7 @@ class KVCache:
         page = self.pool.shape[3:]  # [S, K, d]
         size = 2 * len(pages) * page.numel()
         if self.gathered.numel() < size:
+            del self.gathered  # before there is another
             self.gathered = self.pool.new_empty(size)
         both = self.gathered[:size].view(2, len(pages), *page)
         torch.index_select(self.pool[layer], 1, pages, out=both)
