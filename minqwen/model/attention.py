@@ -82,11 +82,12 @@ def paged_attention(
                            tap.paged(run.first, count, 0))
             parts.append(z.view(count, H, d))
         else:
-            tile = tile_rows(q.device, H * L) if tap.tiles else R
+            tile = min(R, tile_rows(q.device, H * L)) if tap.tiles else R
+            future = torch.ones(tile, tile, dtype=torch.bool, device=q.device).triu(1).repeat(H // K, 1, 1)
             for r in range(0, R, tile):
                 n = min(tile, R - r)
                 seen = L - R + r + n  # by the tile's last token; the one before does not see the last of these, ...
-                hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1).repeat(H // K, 1)
+                hidden = future[:, :n, :n].flatten(0, 1)  # [G n, n]
                 part = q[start + r : start + r + n].view(n, K, H // K, d).permute(1, 2, 0, 3)  # [K, G, n, d]
                 z = ops.attend(part.reshape(1, K, -1, d), ks[..., :seen, :], vs[..., :seen, :], hidden, scale,
                                tap.paged(run.first, 1, r))
