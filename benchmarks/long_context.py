@@ -27,9 +27,10 @@ SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hi
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 131072,
          "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768}}
 WIDE = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4,
-        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}  # 132 million parameters
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}  # 126 million parameters
+# The 0.5B with 2 of its 24 layers
 TIED = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 2,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}  # the 0.5B with 2 of its 24 layers
+        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}
 ATTENTION = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1,
              "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
 # config, dtype, prompts, tokens each, max_num_batched_tokens

@@ -17,7 +17,6 @@ from minqwen import Batch, ModelConfig, Qwen2, cli
 from minqwen.errors import ConfigError, ParallelError
 from minqwen.lab.planner import CAPACITIES, CARDS, QUANTIZATIONS, Planner, rank_weights
 from minqwen.model import memory
-from minqwen.model.attention import tile_rows
 from minqwen.parallel import valid_degrees
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
@@ -157,9 +156,8 @@ MLP_BOUND = ModelConfig(vocab_size=500, hidden_size=128, intermediate_size=768, 
 ATTENTION_BOUND = MLP_BOUND.replace(hidden_size=64, intermediate_size=128)
 STEPS = {  # name: (config, query_lens, context_lens, the phase with the peak)
     "prefill": (MLP_BOUND, (1024,), (1024,), "MLP"),
-    "heads": (MLP_BOUND.replace(num_attention_heads=28, num_key_value_heads=4, head_dim=64, intermediate_size=128), (512,),
-              (512,),
-              "queries and keys"),
+    "heads": (MLP_BOUND.replace(num_attention_heads=28, num_key_value_heads=4, head_dim=64, intermediate_size=128),
+              (512,), (512,), "queries and keys"),
     "chunk": (ATTENTION_BOUND, (512,), (20_000,), "attention"),
     "decode": (ATTENTION_BOUND, (1,) * 16, (1000,) * 16, "attention"),
     "ragged": (ATTENTION_BOUND, (1,) * 8, (900, 1500) * 4, "attention"),
@@ -170,10 +168,9 @@ STEPS = {  # name: (config, query_lens, context_lens, the phase with the peak)
 
 
 @torch.inference_mode()
-def allocated(config: ModelConfig, queries: tuple, contexts: tuple, dtype: str, rows: bool, page: int = 16,
-              grow: bool = False) -> int:
+def allocated(config: ModelConfig, queries: tuple, contexts: tuple, dtype: str, rows: bool, page: int = 16) -> int:
     """The most bytes that PyTorch's allocator held at once during a step, as its profiler saw. rows: all logits are
-    wanted. grow: the buffer of gathered pages lacks a page."""
+    wanted. The buffer of gathered pages has to grow by a page."""
     model = Qwen2(config, dtype=getattr(torch, dtype))
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
@@ -187,7 +184,7 @@ def allocated(config: ModelConfig, queries: tuple, contexts: tuple, dtype: str, 
     batch = Batch(positions, queries, contexts, slots, tables, last)
     cache, ids = model.new_cache(sum(widths), page), torch.zeros(sum(queries), dtype=torch.int64)
     model(ids, batch, cache)  # the rotary table and the buffer of gathered pages stay from step to step
-    before = cache.gathered.numel() - grow * 2 * cache.pool[0, 0, 0].numel()
+    before = cache.gathered.numel() - 2 * cache.pool[0, 0, 0].numel()
     cache.gathered = cache.pool.new_empty(0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         cache.gathered = cache.pool.new_empty(before)
@@ -201,9 +198,9 @@ def allocated(config: ModelConfig, queries: tuple, contexts: tuple, dtype: str, 
     return most + table + 24 * len(ids) + 8 * tables.numel()  # and what the step was handed
 
 
-def predicted(name: str, dtype: str, device: str = "cpu") -> tuple[int, str]:
+def predicted(name: str, dtype: str) -> tuple[int, str]:
     config, queries, contexts, _ = STEPS[name]
-    phases = memory.step_phases(config, queries, contexts, dtype=dtype, device=device,
+    phases = memory.step_phases(config, queries, contexts, dtype=dtype, device="cpu",
                                 logit_rows=sum(queries) if name == "logits" else None)
     del phases["rotary table"], phases["sampling"]  # before and after the forward pass
     return max((held, phase) for phase, held in phases.items())
@@ -216,13 +213,6 @@ def test_activations_against_the_allocator(name, dtype):
     held, where = predicted(name, dtype)
     assert where == phase
     assert held == pytest.approx(allocated(config, queries, contexts, dtype, rows=name == "logits"), rel=0.02)
-
-
-@pytest.mark.parametrize("name", ["chunk", "decode", "mixed again"])
-def test_a_buffer_that_grows_is_held_twice_on_a_gpu(name, monkeypatch):
-    monkeypatch.setattr(memory, "tile_rows", lambda device, scores: tile_rows(torch.device("cpu"), scores))
-    held = predicted(name, "float32", "cuda")[0]
-    assert held == pytest.approx(allocated(*STEPS[name][:3], "float32", rows=False, grow=True), rel=0.02)
 
 
 @pytest.mark.parametrize("name, broken", [
@@ -345,8 +335,8 @@ def test_the_pages_measurements_fit_the_planner():
         measured, said = (float(x) for x in re.findall(r"([\d.]+) MB", line))
         total = long_context.planned(job).total / 1e6
         assert said == pytest.approx(total, abs=0.05 + 1e-9), line
-        assert abs(said - measured) < max(0.05 * measured, 1.5), line  # 1.5 MB: the process's own
-    rows = [line for line in text.splitlines() if re.match(r" +64 +2 float32 +1 +(8188|32764|131068) ", line)]
+        assert abs(said - measured) < max(0.05 * measured, 2), line  # 2 MB: the process's own
+    rows = [line for line in text.splitlines() if re.match(r" +64 +1 float32 +1 +(8188|32764|131068) ", line)]
     for i, name in enumerate(("measured", "predicted")):
         points = [(int(line.split()[4]), float(re.findall(r"([\d.]+) MB", line)[i]) * 1e6) for line in rows]
         slope = float(re.search(rf"^{name}: ([\d,]+) bytes per token", text, re.M)[1].replace(",", ""))
@@ -368,7 +358,7 @@ def test_every_other_figure_of_the_page():
     right |= {f"{4096 / 28:.1f}", f"{kv * 131_072 / 4 / 1e9:.2f}", f"{wide.hidden_size // 32}"}
     right.add(f"{(Planner(wide, 4).weights - four.weights) / 1e9:.2f}")
     right |= {f"{2048 * 131_072 * 2 * 4 / 1e9:.2f}", "2,048"}  # a chunk's scores with two heads in float32
-    plain = {"25", "1", "2", "3", "5", "7", "8", "9", "10", "16", "64", "0.9"}  # factors, bits, tokens of a page
+    plain = {"20", "1", "2", "3", "5", "7", "8", "9", "10", "16", "64", "0.9"}  # factors, bits, tokens of a page
     allowed = {*right, *wrong, *map(str, CAPACITIES), *plain}
     found = {x.rstrip(",") for x in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text)}
     assert found - allowed == set()

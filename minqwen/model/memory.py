@@ -40,7 +40,7 @@ def step_phases(
     length = 1 << (max(context_lens) - 1).bit_length()  # of the rotary table
     table = length * d  # elements of cos, and of sin
     packed = 8 * (4 * T + B * -(-max(context_lens) // block_size)) + 2 * T * d * i  # ids, positions, ...; cos, sin
-    widened = w if i < w else 0  # scores; softmax in float32, of a copy in float32 where they are narrower
+    widened = w if i < w else 0  # norms and softmax take a float32 copy of what is narrower
     sums = w if device == "cpu" and i < w else 0  # a CPU without 16-bit instructions multiplies into float32 first
 
     at_height, buffer, done = [], 0, 0  # attention's bytes; of the gathered pages; of the z's so far
@@ -51,18 +51,17 @@ def step_phases(
         rows = min(R, tile_rows(torch.device(device), H * L))
         scores, done = count * H * rows * L, done + count * R * H * d * i
         tile = rows * H * d * i + rows * rows * H // K if R > 1 else 0  # queries by heads; the mask
-        # Where the buffer grows, the one before is there too; untouched main memory takes none.
-        at_height.append(done + max(tile + scores * (i + w + widened), gathered if device != "cpu" else 0))
+        at_height.append(done + tile + scores * (i + w + widened))  # scores; softmax in float32
     at_height.append(2 * done)  # z's put together
     summed = T * D * (w if size > 1 else sums)  # in float32: what o and down give, over ranks
     spread = N * (rows_of_V + 2 * V) * i if size > 1 else 0  # logits padded, of all ranks, and put together
     fixed = 2 * table * i + packed + buffer  # the buffer is the cache's, and stays
     phases = {
-        "norm": 2 * x + 2 * T * D * w,
+        "norm": 2 * x + T * D * (w + widened),
         "queries and keys": 2 * x + 4 * q + 2 * kv,  # the rotation's three intermediates
         "attention": 2 * x + q + 2 * kv + max(at_height),
         "attention's output": 3 * x + 2 * q + 2 * kv + summed,
-        "MLP": 3 * x + max(4 * mlp, 2 * mlp + mlp // i * sums, 3 * mlp + x + summed),  # silu_mul; up; down
+        "MLP": 3 * x + max(2 * mlp + mlp // i * sums, 3 * mlp + x + summed),  # gate and up; gate, up, act and down
         "logits": N * D * i + N * rows_of_V * i + max(spread, N * rows_of_V * sums),
         "sampling": N * V * i + B * V * (2 * i + w) + min(B, 32 if device == "cuda" else 1) * V * (w + 8),
     }
