@@ -3,13 +3,18 @@
 What float32 loses there it loses in the rotary angles: position * frequency is rounded to float32, as in transformers,
 so that an angle of 131,071 radians is off by up to half a unit in the last place, 2^-8, and by the frequency's own
 rounding, 131,072 * 2^-24 = 2^-7: 0.012 radians in all. With a table rounded from float64 nothing else is lost.
+
+And whether the engine, chunk by chunk and page by page, finds a needle, as far as the embedded model can.
 """
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
+from conftest import EMBEDDED
 
-from minqwen import Batch, ModelConfig, Qwen2
+from minqwen import LLM, Batch, ModelConfig, Qwen2, SamplingParams
 from minqwen.config import RopeScaling
 from minqwen.model.rope import rotary_table
 
@@ -87,3 +92,40 @@ def test_control_positions_in_bfloat16_are_seen(models):
 
 def test_control_a_float32_angle_is_seen_by_the_tighter_bound(models):
     assert error(models) > 10 * 2e-5
+
+
+HAYSTACK = [  # of the King James Version, from chapters that the embedded model was not trained on
+    "Make no friendship with an angry man; and with a furious man thou shalt not go:",
+    "The Father loveth the Son, and hath given all things into his hand.",
+    "But man dieth, and wasteth away: yea, man giveth up the ghost, and where is he?",
+    "And Hiram sent to the king sixscore talents of gold.",
+    "The rich ruleth over the poor, and the borrower is servant to the lender.",
+    "He shall come down like rain upon the mown grass: as showers that water the earth.",
+    "My flesh and my skin hath he made old; he hath broken my bones.",
+    "All our enemies have opened their mouths against us.",
+    "And they departed from Dophkah, and encamped in Alush.",
+]
+
+
+@pytest.mark.parametrize("verses, tokens, least", [(2, 70, 36), (3, 90, 36), (9, 220, 28)])
+def test_a_needle_is_found(embedded_model, embedded_tokenizer, verses, tokens, least):
+    """48 questions. The model was trained on 1,024 tokens; how far its own skill goes is on its card."""
+    llm = LLM(embedded_model, tokenizer=embedded_tokenizer, max_num_batched_tokens=32, max_num_seqs=8, block_size=7,
+              num_blocks=500, max_model_len=400, seed=0)
+    llm.defaults = llm.defaults.__class__.from_dir(EMBEDDED, embedded_model.config)
+    found = {}
+    for hidden in (True, False):
+        rng, chats, answers = random.Random(verses), [], []
+        for _ in range(48):
+            name, number = rng.choice(["Aaron", "Moses", "Ruth", "Peter", "Hannah"]), rng.randrange(1000, 10000)
+            text = rng.sample(HAYSTACK, verses)
+            if hidden:
+                text.insert(rng.randrange(verses + 1), f"The secret number of {name} is {number}.")
+            text = " ".join([*text, f"What is the secret number of {name}?"])
+            chats.append([{"role": "user", "content": text}])
+            answers.append(f"{number}.")
+        outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+        found[hidden] = sum(o.outputs[0].text == answer for o, answer in zip(outputs, answers))
+        length = sum(len(o.prompt_token_ids) for o in outputs) / 48
+    assert 0.7 * tokens < length < 1.3 * tokens
+    assert found[True] >= least and found[False] == 0, found
