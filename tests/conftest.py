@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracle, transformers, has nothing to ask the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, and a process of tests for each core
 
 import pytest
 import torch
