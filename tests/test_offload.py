@@ -112,7 +112,7 @@ def test_disk_needs_a_few_layers_of_memory(tmp_path):
         out = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "m"), where], capture_output=True, text=True)
         used[where] = json.loads(out.stdout)
     layer = 4 * sum(x.numel() for x in model.model.layers[0].parameters())
-    assert used[""] > 15 * layer and used["disk"] < 6 * layer, (used, layer)
+    assert used[""] > 15 * layer and used["disk"] < 5 * layer, (used, layer)
 
 
 def test_ranks_stream_their_own_slices(embedded):

@@ -64,14 +64,17 @@ def load_pretrained(
         ops = Exact(widen=False) if arithmetic == "exact" else arithmetic  # what comes and goes is kept narrow
         model = Qwen2.from_tensors(config, read, only=lambda name: not is_layer(name), arithmetic=ops, **options)
 
-        def fetch(name):
-            return checkpoint.read(name, shard(name, config, mesh.rank, mesh.size), dtype)
+        def fetch(name, out=None):
+            return checkpoint.read(name, shard(name, config, mesh.rank, mesh.size), dtype, out=out)
 
         if offload == "memory":
             held, pin = {}, torch.device(device).type == "cuda"
             for name in filter(is_layer, config.parameter_shapes()):
                 bar.update()
                 held[name] = fetch(name).pin_memory() if pin else fetch(name)
-            fetch = held.__getitem__
+
+            def fetch(name, out=None):
+                return held[name]
+
         LayerStream(model, fetch, device)
         return model

@@ -80,8 +80,8 @@ class Checkpoint:
         return self.path / self._stored(name).file
 
     def read(self, name: str, shard: Shard | None = None, dtype: torch.dtype | None = None,
-             device: torch.device | str = "cpu") -> torch.Tensor:
-        """One tensor, or the slice [start, stop) of one of its dimensions, in memory of its own.
+             device: torch.device | str = "cpu", out: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor, or the slice [start, stop) of one of its dimensions, in memory of its own, or in `out`.
 
         dtype defaults to the file's. Only the pages of the slice are read, and converted and moved piece by
         piece, so that the process never holds more than the result and a few times PIECE_BYTES.
@@ -93,7 +93,8 @@ class Checkpoint:
                 raise _bad(self.file(name), f"tensor {_q(name)} has shape {stored.shape}, expected one with "
                            f"a slice {shard.start}:{shard.stop} along dimension {shard.dim}")
             shape[shard.dim] = shard.stop - shard.start
-        out = torch.empty(shape, dtype=dtype or stored.dtype, device=device)
+        if out is None:
+            out = torch.empty(shape, dtype=dtype or stored.dtype, device=device)
         for i, piece in self._pieces(stored, shard):
             out[i:i + len(piece)].copy_(piece)
         return out

@@ -328,12 +328,13 @@ class LLM:
 
     def _pack(self, plan: list[tuple[Sequence, int]]) -> tuple[Tensor, Batch, list[tuple[int, int]]]:
         """The step's tokens in one row, where they go, and which rows of the logits are whose."""
-        ids: list[int] = []
-        at: list[int] = []
-        rows_of = []
+        ids, positions, slots, at = [], [], [], []
+        rows_of, size = [], self.pool.block_size
         for sequence, count in plan:
-            start, end = sequence.computed, sequence.computed + count
-            ids += sequence.ids[start:end]
+            new = range(sequence.computed, sequence.computed + count)
+            ids += sequence.ids[new.start : new.stop]
+            positions += new
+            slots += [sequence.blocks[i // size] * size + i % size for i in new]
             wanted = count if self._wants_prompt_logits(sequence) else 1
             rows_of.append((len(at), len(at) + wanted))
             at += range(len(ids) - wanted, len(ids))
@@ -342,17 +343,10 @@ class LLM:
         width = max(len(sequence.blocks) for sequence, _ in plan)
         tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in plan]
 
-        def device(x, dtype=torch.int64):
-            return torch.tensor(x, dtype=dtype).to(self.model.device, non_blocking=True)
+        def device(numbers: list) -> Tensor:
+            return torch.tensor(numbers).to(self.model.device, non_blocking=True)
 
-        block_tables, counts = device(tables), device(query_lens)
-        starts = device([sequence.computed for sequence, _ in plan])
-        owner = torch.repeat_interleave(counts, output_size=len(ids))  # [T] which sequence
-        first = torch.cumsum(counts, 0) - counts
-        positions = torch.arange(len(ids), device=self.model.device) - first[owner] + starts[owner]
-        size = self.pool.block_size
-        slots = block_tables[owner, positions // size] * size + positions % size
-        batch = Batch(positions, query_lens, context_lens, slots, block_tables, device(at))
+        batch = Batch(device(positions), query_lens, context_lens, device(slots), device(tables), device(at))
         return device(ids), batch, rows_of
 
     def _tap(self, plan: list[tuple[Sequence, int]], rows_of: list[tuple[int, int]]):

@@ -78,9 +78,17 @@ class Native:
 
 
 def head_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b for a [N, heads, R, m], b [N, heads, m, n]. torch.matmul copies what lies in memory token by token, each
-    with all its heads, as pages do, if N is more than 1; then heads are multiplied one by one."""
+    """a b for a [N, heads, R, m], b [N, heads, m, n], rounded once to their dtype.
+
+    What comes from pages lies in memory token by token, each with all its heads. torch.matmul would copy that, if N
+    is more than 1: heads are multiplied one by one. And on a CPU a 16-bit product has its kernel compiled for every
+    new length of the context: it is computed in float32 there.
+    """
     by_tokens = 0 < b.stride(1) < max(b.stride()[2:])
-    if len(b) == 1 or not by_tokens:
+    if not by_tokens:
+        return torch.matmul(a, b)
+    if a.element_size() == 2 and a.device.type == "cpu":
+        return torch.matmul(a.float(), b.to(torch.float32, memory_format=torch.contiguous_format)).to(a.dtype)
+    if len(b) == 1:
         return torch.matmul(a, b)
     return torch.stack([torch.bmm(a[:, i], b[:, i]) for i in range(a.shape[1])], 1)

@@ -51,7 +51,10 @@ def step_phases(
         rows = min(R, tile_rows(torch.device(device), H * L))
         scores, done = count * H * rows * L, done + count * R * H * d * i
         tile = rows * H * d * i + rows * rows * H // K if R > 1 else 0  # queries by heads; the mask
+        z = count * rows * H * d * i
         at_height.append(done + tile + scores * (i + w + widened))  # scores; softmax in float32
+        if sums and K > 1:  # pattern, values and z in float32, beside scores and pattern
+            at_height.append(done - z + tile + scores * (2 * i + w) + count * L * K * d * w + z // i * w)
     at_height.append(2 * done)  # z's put together
     summed = T * D * (w if size > 1 else sums)  # in float32: what o and down give, over ranks
     spread = N * (rows_of_V + 2 * V) * i if size > 1 else 0  # logits padded, of all ranks, and put together
