@@ -24,6 +24,8 @@ class KVCache:
     def __init__(self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype, device):
         self.pool = torch.zeros(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
         self.page_size = page_size
+        self.rows = self.pool.view(layers, 2 * pages, -1)  # the same, [2 P, S K d]: whole rows are copied fastest
+        self.halves = torch.tensor([[0], [pages]], device=device)  # where keys begin, and values
         self.gathered = self.pool.new_empty(0)  # what `read` fills, kept: a fresh page of memory costs more than a copy
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -41,9 +43,9 @@ class KVCache:
         if self.gathered.numel() < size:
             del self.gathered  # before there is another
             self.gathered = self.pool.new_empty(size)
-        both = self.gathered[:size].view(2, len(pages), *page)
-        torch.index_select(self.pool[layer], 1, pages, out=both)
-        both = both.view(2, len(block_tables), -1, *page[1:])  # [2, B, tokens, K, d]
+        rows = (pages + self.halves).flatten()
+        torch.index_select(self.rows[layer], 0, rows, out=self.gathered[:size].view(len(rows), -1))
+        both = self.gathered[:size].view(2, len(block_tables), -1, *page[1:])  # [2, B, tokens, K, d]
         return both[:, :, :length].transpose(2, 3).unbind(0)
 
 
