@@ -5,13 +5,12 @@ pages, a step's activations by `model/memory.py`. GB are 10^9 bytes. Letters as 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.lab.packed_heads import Packing
-from minqwen.model.memory import step_phases, worst_steps
+from minqwen.model.memory import largest, step_phases, worst_steps
 from minqwen.parallel import check_degree, shard
 
 GB = 10**9
@@ -178,17 +177,8 @@ class Planner:
 
     def largest_context(self, limit: int, batch: int = 1) -> int:
         """Tokens each of `batch` sequences may have within `limit` bytes per GPU; 0 if not one."""
-        return _largest(lambda context: self.plan(context, batch).total <= limit, 1 << 30)
+        return largest(lambda context: self.plan(context, batch).total <= limit, 1 << 30)
 
     def largest_batch(self, limit: int, context: int) -> int:
         """Sequences of `context` tokens within `limit` bytes per GPU, at most one per token of a step; 0 if none."""
-        return _largest(lambda batch: self.plan(context, batch).total <= limit, self.tokens)
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest of 0..most that fits, by bisection: more never takes less."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        return largest(lambda batch: self.plan(context, batch).total <= limit, self.tokens)

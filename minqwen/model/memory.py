@@ -5,6 +5,8 @@ sum. The engine sizes its cache with this; the planner plans with it.
 """
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
@@ -109,8 +111,13 @@ def pages_that_fit(
         steps = [s for context, batch in (few, many) for s in worst_steps(context, batch, max_num_batched_tokens)]
         return pages * page_bytes + max(step_bytes(config, *step, **options) for step in steps)
 
-    low, high = 0, room // page_bytes + 1  # taken(low) fits, if anything does; taken(high) does not
+    return largest(lambda pages: taken(pages) <= room, room // page_bytes)
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n from 1 to `most` for which fits(n), if all smaller ones do too; 0 if 1 does not."""
+    low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if taken(middle) <= room else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
