@@ -39,8 +39,8 @@ def load_pretrained(
     dtype: of weights, activations and logits; "auto" is config.json's. device: default the mesh's. arithmetic:
     see model/arithmetic.py. check_finite: scan all weights for NaN and infinity first. progress: a bar, on rank 0.
     offload: for a device that is too small, its layers' weights stay in main "memory" (pinned, for a GPU) or on
-    "disk" and come when they are needed, in every step. At no time is more than this rank's weights and one tensor held. Raises CheckpointError, ConfigError,
-    ParallelError, before any weight is read where that can be known before.
+    "disk" and come when they are needed, in every step. At no time is more than this rank's weights and one tensor
+    held. Raises CheckpointError, ConfigError, ParallelError, before any weight is read where that can be known before.
     """
     check_offload(offload)
     checkpoint = Checkpoint(path)
