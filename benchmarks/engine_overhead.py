@@ -7,6 +7,7 @@
 QWEN is a directory with Qwen2.5's tokenizer, whose 151,665 tokens the masks are over. Each line: the whole step, the
 share of all that is not the forward pass, and the share of the masks (computing them and following the text).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,10 +18,17 @@ from collections import Counter
 import torch
 
 from minqwen import LLM, SamplingParams
-from minqwen.engine.structured import Constraint, StructuredOutputs
+from minqwen.sampling.structured import Constraint, StructuredOutputs
 
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "tags": {"type": "array", "items": {
-    "type": "string"}}, "size": {"type": "number"}}, "required": ["name", "tags", "size"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "size": {"type": "number"},
+    },
+    "required": ["name", "tags", "size"],
+}
 KINDS = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.05},
@@ -32,6 +40,7 @@ spent: Counter[str] = Counter()
 
 def timed(name: str, function):
     """`function`, whose time is added to `spent`."""
+
     def run(*args, **kwargs):
         start = time.perf_counter()
         try:
@@ -40,29 +49,51 @@ def timed(name: str, function):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             spent[name] += time.perf_counter() - start
+
     return run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a checkpoint directory with a tokenizer")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=32, metavar="B")
-    parser.add_argument("--context", type=int, default=64, metavar="N", help="tokens of each prompt")
+    parser.add_argument(
+        "--context", type=int, default=64, metavar="N", help="tokens of each prompt"
+    )
     parser.add_argument("--steps", type=int, default=10, metavar="N")
     args = parser.parse_args()
 
-    llm = LLM(args.model, dtype=args.dtype, max_num_seqs=args.batch, max_model_len=args.context + args.steps + 16,
-              max_num_batched_tokens=max(2048, args.batch), enable_prefix_caching=False, seed=0)
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        max_num_seqs=args.batch,
+        max_model_len=args.context + args.steps + 16,
+        max_num_batched_tokens=max(2048, args.batch),
+        enable_prefix_caching=False,
+        seed=0,
+    )
     llm.model.forward = timed("forward", llm.model.forward)
-    Constraint.mask, Constraint.accept = timed("masks", Constraint.mask), timed("masks", Constraint.accept)
-    print(f"{args.model}, {args.dtype}, {llm.model.device}, vocabulary {llm.config.vocab_size}, batch {args.batch}, "
-          f"{torch.get_num_threads()} threads")
+    Constraint.mask, Constraint.accept = (
+        timed("masks", Constraint.mask),
+        timed("masks", Constraint.accept),
+    )
+    print(
+        f"{args.model}, {args.dtype}, {llm.model.device}, vocabulary {llm.config.vocab_size}, batch {args.batch}, "
+        f"{torch.get_num_threads()} threads"
+    )
     print(f"{'':22}{'step':>11}{'not forward':>14}{'masks':>9}")
     for kind, options in KINDS.items():
         for i in range(args.batch):
-            prompt = torch.randint(0, 150_000, (args.context + i % 8,), generator=torch.Generator().manual_seed(i))
-            llm.add_request(prompt.tolist(), SamplingParams(max_tokens=args.steps + 2, ignore_eos=True, **options))
+            prompt = torch.randint(
+                0, 150_000, (args.context + i % 8,), generator=torch.Generator().manual_seed(i)
+            )
+            llm.add_request(
+                prompt.tolist(),
+                SamplingParams(max_tokens=args.steps + 2, ignore_eos=True, **options),
+            )
         while any(s.computed < s.num_prompt for r in llm.requests.values() for s in r.sequences):
             llm.step()
         steps, shares, masks = [], [], []

@@ -7,6 +7,7 @@ Each round times both engines one after the other; the table gives medians and t
 (above 1: minqwen is faster). minqwen is timed through its engine, scheduling, paging and sampling included;
 transformers through its forward pass with a DynamicCache and an argmax.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -54,26 +55,41 @@ def minqwen_run(llm: LLM, ids: torch.Tensor, steps: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a checkpoint directory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of the prefill")
-    parser.add_argument("--context", type=int, default=128, metavar="N", help="tokens before the decode")
+    parser.add_argument(
+        "--prefill", type=int, default=512, metavar="N", help="tokens of the prefill"
+    )
+    parser.add_argument(
+        "--context", type=int, default=128, metavar="N", help="tokens before the decode"
+    )
     parser.add_argument("--steps", type=int, default=16, metavar="N", help="decode steps per round")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="B")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--attn", default="sdpa", help="transformers' attn_implementation")
     args = parser.parse_args()
 
-    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, attn_implementation=args.attn)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=args.dtype, attn_implementation=args.attn
+    )
     theirs = theirs.to(DEVICE).eval()
     longest = max(args.prefill, args.context + args.steps + 1) + 16
     ours = Qwen2.from_pretrained(args.model, dtype=args.dtype, device=DEVICE)
-    llm = LLM(ours, max_model_len=longest, num_blocks=max(args.batches) * (longest // 16 + 1),
-              max_num_batched_tokens=max(args.prefill, max(args.batches) * args.context), enable_prefix_caching=False)
+    llm = LLM(
+        ours,
+        max_model_len=longest,
+        num_blocks=max(args.batches) * (longest // 16 + 1),
+        max_num_batched_tokens=max(args.prefill, max(args.batches) * args.context),
+        enable_prefix_caching=False,
+    )
     jobs = [(f"prefill {args.prefill}", 1, args.prefill, 0)]
     jobs += [(f"decode, batch {b}", b, args.context, args.steps) for b in args.batches]
-    print(f"{args.model}, {args.dtype}, {DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{args.model}, {args.dtype}, {DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     print(f"{'':20}{'transformers':>14}{'minqwen':>12}{'ratio':>8}   tokens/s")
     for name, batch, length, steps in jobs:
         times: list[tuple[float, float]] = []
@@ -84,7 +100,9 @@ def main() -> None:
                 times.append(tuple(t[1 if steps else 0] for t in pair))
         a, b = (statistics.median(t[i] for t in times) for i in (0, 1))
         ratio = statistics.median(x / y for x, y in times)
-        print(f"{name:20}{a * 1e3:11.1f} ms{b * 1e3:9.1f} ms{ratio:8.2f}   {(batch if steps else length) / b:.1f}")
+        print(
+            f"{name:20}{a * 1e3:11.1f} ms{b * 1e3:9.1f} ms{ratio:8.2f}   {(batch if steps else length) / b:.1f}"
+        )
 
 
 if __name__ == "__main__":

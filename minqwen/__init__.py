@@ -13,15 +13,24 @@ Shapes in comments:
     V  vocabulary rows    P  pages of the cache        S  tokens per page    L  tokens of context
 Under tensor parallelism H, K and V are what this rank holds.
 """
+
 from minqwen.checkpoint import Checkpoint
 from minqwen.config import ModelConfig
 from minqwen.engine.llm import LLM
-from minqwen.engine.params import SamplingParams
 from minqwen.errors import MinqwenError
 from minqwen.model import Batch, Qwen2
 from minqwen.parallel import Mesh
+from minqwen.sampling.params import SamplingParams
 from minqwen.tokenizer import Tokenizer
 
 __all__ = [
-    "LLM", "Batch", "Checkpoint", "Mesh", "MinqwenError", "ModelConfig", "Qwen2", "SamplingParams", "Tokenizer",
+    "LLM",
+    "Batch",
+    "Checkpoint",
+    "Mesh",
+    "MinqwenError",
+    "ModelConfig",
+    "Qwen2",
+    "SamplingParams",
+    "Tokenizer",
 ]

@@ -10,6 +10,7 @@ of a second, once, and then renders a chat in a fraction of a millisecond.
 One request a line on its stdin, {"template": str, "variables": object}; one reply a line on its stdout,
 {"text": str} or {"error": str}.
 """
+
 import contextlib
 import datetime
 import functools
@@ -29,9 +30,16 @@ if __name__ != "__main__":
 CPU_SECONDS = 0.5
 MEMORY_BYTES = 1 << 30
 MAX_CHARACTERS = 8_000_000  # of rendered text: far more than any context window holds
-CLOCK_SECONDS = 30.0        # until the asker ends the process: for systems without a processor-time limit
-LATER_IMPORTS = ("encodings.ascii", "encodings.unicode_escape", "html", "jinja2.constants", "jinja2.debug",
-                 "pprint", "textwrap")  # what jinja2 imports only when a template needs it
+CLOCK_SECONDS = 30.0  # until the asker ends the process: for systems without a processor-time limit
+LATER_IMPORTS = (
+    "encodings.ascii",
+    "encodings.unicode_escape",
+    "html",
+    "jinja2.constants",
+    "jinja2.debug",
+    "pprint",
+    "textwrap",
+)  # what jinja2 imports only when a template needs it
 
 
 class ChatRenderer:
@@ -46,7 +54,9 @@ class ChatRenderer:
         try:
             request = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise TokenizerError(f"messages, tools and variables must be JSON values: {error}") from None
+            raise TokenizerError(
+                f"messages, tools and variables must be JSON values: {error}"
+            ) from None
         with self._lock:
             reply = self._exchange(request)
         if "error" in reply:
@@ -68,7 +78,9 @@ class ChatRenderer:
                 reply = process.stdout.readline()
         finally:
             clock.cancel()
-            if not reply.endswith(b"\n"):  # dead; or we were interrupted, and its answer must not come later
+            if not reply.endswith(
+                b"\n"
+            ):  # dead; or we were interrupted, and its answer must not come later
                 self._process = None
                 _end(process)
         if reply.endswith(b"\n"):
@@ -80,10 +92,19 @@ class ChatRenderer:
 
 def _start() -> subprocess.Popen:
     path = json.dumps([str(entry) for entry in sys.path])
-    kept = {name: os.environ[name] for name in ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+    kept = {
+        name: os.environ[name]
+        for name in ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
+        if name in os.environ
+    }
     try:
-        return subprocess.Popen([sys.executable, "-I", "-S", os.path.abspath(__file__), path], env=kept,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", os.path.abspath(__file__), path],
+            env=kept,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
     except (OSError, TypeError) as error:
         raise TokenizerError(f"cannot start {sys.executable} to render it: {error}") from None
 
@@ -98,6 +119,7 @@ def _end(process: subprocess.Popen) -> None:
 
 # What follows runs in the rendering process.
 
+
 def _environment():
     """The jinja2 environment that Hugging Face renders chat templates in: its options, filters, globals."""
     from jinja2 import ext, nodes
@@ -107,6 +129,7 @@ def _environment():
 
     class Generation(ext.Extension):
         """{% generation %}...{% endgeneration %} marks what the assistant wrote; it renders as its body."""
+
         tags = {"generation"}
 
         def parse(self, parser):
@@ -135,8 +158,13 @@ def _environment():
                 raise SecurityError(f"a namespace attribute cannot be called {name!r}")
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     def raise_exception(message):
         raise TemplateError(message)
@@ -144,11 +172,13 @@ def _environment():
     def strftime_now(format):
         return datetime.datetime.now().strftime(format)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[Generation, ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now,
-                               namespace=PublicNamespace)
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=strftime_now, namespace=PublicNamespace
+    )
     return environment
 
 
@@ -195,7 +225,9 @@ def _serve() -> None:
             question = json.loads(request)
             text = compiled(question["template"]).render(question["variables"])
             if len(text) > MAX_CHARACTERS:
-                raise ValueError(f"it renders {len(text):,} characters; the limit is {MAX_CHARACTERS:,}")
+                raise ValueError(
+                    f"it renders {len(text):,} characters; the limit is {MAX_CHARACTERS:,}"
+                )
             reply = json.dumps({"text": text})
         except BaseException as error:
             reply = json.dumps({"error": _describe(error)})

@@ -1,11 +1,12 @@
 """What the command lines in tools/ share: the model's flags, one-line errors, one voice under torchrun."""
+
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -18,16 +19,35 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "embedded"
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype, --device, --arithmetic, --offload, --check-finite: what `checkpoint.load_pretrained` takes."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=str(EMBEDDED), metavar="DIR",
-                       help="a Hugging Face safetensors directory (default: the embedded model)")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "float64"],
-                       help="of weights, activations and logits (default: the checkpoint's own)")
-    group.add_argument("--device", choices=["cpu", "cuda"], help="default: GPUs if there is one for each rank")
-    group.add_argument("--arithmetic", default="native", choices=["native", "exact"],
-                       help="exact: the same bits whatever the batch, the degree, the machine (default: native)")
-    group.add_argument("--offload", choices=["memory", "disk"],
-                       help="layers' weights stay there and come when needed: for a device that is too small")
-    group.add_argument("--check-finite", action="store_true", help="refuse weights that hold NaN or infinity")
+    group.add_argument(
+        "--model",
+        default=str(EMBEDDED),
+        metavar="DIR",
+        help="a Hugging Face safetensors directory (default: the embedded model)",
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16", "float64"],
+        help="of weights, activations and logits (default: the checkpoint's own)",
+    )
+    group.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: GPUs if there is one for each rank"
+    )
+    group.add_argument(
+        "--arithmetic",
+        default="native",
+        choices=["native", "exact"],
+        help="exact: the same bits whatever the batch, the degree, the machine (default: native)",
+    )
+    group.add_argument(
+        "--offload",
+        choices=["memory", "disk"],
+        help="layers' weights stay there and come when needed: for a device that is too small",
+    )
+    group.add_argument(
+        "--check-finite", action="store_true", help="refuse weights that hold NaN or infinity"
+    )
 
 
 def is_first_rank() -> bool:

@@ -9,100 +9,42 @@ Letters in formulas: L layers, D hidden_size, I intermediate_size, H query heads
 d head_dim, V vocabulary rows.
 """
 
-import contextlib
 import copy
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minqwen.checks import boolean, config_error, integer, number, token_ids, wrong
 from minqwen.errors import ConfigError
+from minqwen.files import read_json_object, write_text
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-ARCHITECTURES = {"qwen2": ("Qwen2ForCausalLM", "Qwen2Model"), "llama": ("LlamaForCausalLM", "LlamaModel")}
-
-
-def _error(text: str) -> ConfigError:
-    """ConfigError of one line, whatever control characters a file or its name contains."""
-    return ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
-
-
-def _wrong(where: str, found: Any, expected: str, remedy: str) -> ConfigError:
-    """The one shape of every error here: where, what was found, what was expected, what to do; one line."""
-    shown = repr(found)
-    shown = shown if len(shown) <= 100 else shown[:97] + "..."
-    return _error(f"{where} is {shown}, expected {expected}; {remedy}")
-
-
-def _int(where: str, value: Any, minimum: int, optional: bool = False) -> int | None:
-    if optional and value is None:
-        return None
-    if type(value) is not int or not minimum <= value < 2**63:  # `type`, not isinstance: True is no size
-        wanted = f"an integer of at least {minimum}" + (" or null" if optional else "")
-        raise _wrong(where, value, wanted, "correct it")
-    return value
-
-
-def _float(where: str, value: Any, low: float = 0.0, high: float = math.inf, open_low: bool = True) -> float:
-    """A finite number in (low, high], or [low, high] when open_low is False; JSON integers are welcome."""
-    if type(value) in (int, float) and abs(value) < 1e300:  # false for NaN and infinity too
-        if (low < value or (not open_low and low == value)) and value <= high:
-            return float(value)
-    wanted = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
-    raise _wrong(where, value, wanted + ("" if high == math.inf else f" and at most {high:g}"), "correct it")
-
-
-def _bool(where: str, value: Any) -> bool:
-    if type(value) is not bool:
-        raise _wrong(where, value, "true or false", "correct it")
-    return value
-
-
-def _token_ids(where: str, value: Any) -> tuple[int, ...]:
-    """A token id, a list of them, or null, as a tuple without repeats."""
-    values = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
-    for v in values:
-        if type(v) is not int or v < 0:
-            raise _wrong(where, value, "a token id, a list of token ids, or null", "correct it")
-    return tuple(dict.fromkeys(values))
+ARCHITECTURES = {
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
+    "llama": ("LlamaForCausalLM", "LlamaModel"),
+}
 
 
 def _dtype_name(where: str, dtype: Any) -> str:
     """`dtype` (a name, or a torch.dtype) as one of the names of BYTES_PER_ELEMENT."""
     name = str(dtype).removeprefix("torch.")
     if name not in BYTES_PER_ELEMENT:
-        raise _wrong(where, dtype, f"one of {', '.join(BYTES_PER_ELEMENT)}", "correct it")
+        raise wrong(where, dtype, f"one of {', '.join(BYTES_PER_ELEMENT)}", "correct it")
     return name
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    d = dict(pairs)
-    if len(d) != len(pairs):
-        keys = [k for k, _ in pairs]
-        repeated = next(k for k in keys if keys.count(k) > 1)
-        raise ValueError(f"the key {repeated!r} appears more than once")
-    return d
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ConfigError if there is none or it repeats a key."""
-    try:
-        d = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys)
-    except OSError as e:
-        raise _error(f"{path}: cannot be read ({e.strerror or e}), expected a JSON file; "
-                     "point to a Hugging Face model directory") from None
-    except (ValueError, RecursionError) as e:  # bad JSON, bad UTF-8, integers too long for Python
-        raise _error(f"{path}: is not valid JSON ({e}), expected one object with unique keys; "
-                     "fetch the file again or repair it") from None
-    if not isinstance(d, dict):
-        raise _wrong(f"{path}: the top level", d, "a JSON object", "fetch the file again or repair it")
-    return d
 
 
 @dataclass(frozen=True)
@@ -126,61 +68,87 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
-        put("factor", _float("RopeScaling.factor", self.factor, 1.0, open_low=False))
-        _int("RopeScaling.original_max_position_embeddings", self.original_max_position_embeddings, 1)
+        put("factor", number("RopeScaling.factor", self.factor, 1.0, open_low=False))
+        integer(
+            "RopeScaling.original_max_position_embeddings", self.original_max_position_embeddings, 1
+        )
         for name in ("beta_fast", "beta_slow"):
-            put(name, _float(f"RopeScaling.{name}", getattr(self, name)))
+            put(name, number(f"RopeScaling.{name}", getattr(self, name)))
         if self.beta_fast < self.beta_slow:
-            raise _wrong("RopeScaling.beta_fast", self.beta_fast, f"at least beta_slow ({self.beta_slow:g})",
-                         "exchange the two")
+            raise wrong(
+                "RopeScaling.beta_fast",
+                self.beta_fast,
+                f"at least beta_slow ({self.beta_slow:g})",
+                "exchange the two",
+            )
         if self.attention_factor is not None:
-            put("attention_factor", _float("RopeScaling.attention_factor", self.attention_factor))
+            put("attention_factor", number("RopeScaling.attention_factor", self.attention_factor))
         for name in ("mscale", "mscale_all_dim"):  # zero means unset, as in transformers
             if getattr(self, name) is not None:
-                put(name, _float(f"RopeScaling.{name}", getattr(self, name), open_low=False))
-        _bool("RopeScaling.truncate", self.truncate)
+                put(name, number(f"RopeScaling.{name}", getattr(self, name), open_low=False))
+        boolean("RopeScaling.truncate", self.truncate)
 
 
 ROPE_FIELDS = tuple(f.name for f in dataclasses.fields(RopeScaling))
 
 
-def _read_rope_block(source: str, name: str, block: Any, d: Mapping) -> tuple[Any, RopeScaling | None]:
+def _read_rope_block(
+    source: str, name: str, block: Any, d: Mapping
+) -> tuple[Any, RopeScaling | None]:
     """(rope_theta or None, scaling) of the `rope_scaling` or `rope_parameters` object of the config d."""
     where = f"{source}: {name}"
     if not isinstance(block, Mapping):
-        raise _wrong(where, block, "an object or null", "remove it for plain RoPE")
+        raise wrong(where, block, "an object or null", "remove it for plain RoPE")
     kind = block.get("rope_type", block.get("type"))
     kind = "default" if kind is None else kind
     if block.get("type", kind) != kind:
-        raise _wrong(f"{where}.type", block["type"], f"the same as rope_type ({kind!r})", "keep one of them")
+        raise wrong(
+            f"{where}.type", block["type"], f"the same as rope_type ({kind!r})", "keep one of them"
+        )
     if kind not in ("default", "yarn"):
-        raise _wrong(f"{where}.rope_type", kind, "'default' or 'yarn'", "Qwen2.5 uses no other RoPE")
+        raise wrong(f"{where}.rope_type", kind, "'default' or 'yarn'", "Qwen2.5 uses no other RoPE")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     known |= set(ROPE_FIELDS) if kind == "yarn" else set()
     for key in block:
         if key not in known:
-            raise _wrong(f"{where}.{key}", block[key], f"no such key for rope type {kind!r}",
-                         "remove it, or name the rope_type it belongs to")
+            raise wrong(
+                f"{where}.{key}",
+                block[key],
+                f"no such key for rope type {kind!r}",
+                "remove it, or name the rope_type it belongs to",
+            )
     if block.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _wrong(f"{where}.partial_rotary_factor", block["partial_rotary_factor"], "1.0 or no such key",
-                     "Qwen2 rotates whole heads")
+        raise wrong(
+            f"{where}.partial_rotary_factor",
+            block["partial_rotary_factor"],
+            "1.0 or no such key",
+            "Qwen2 rotates whole heads",
+        )
     theta = block.get("rope_theta")
     if kind == "default":
         return theta, None
-    maximum = _int(f"{source}: max_position_embeddings", d["max_position_embeddings"], 1)
+    maximum = integer(f"{source}: max_position_embeddings", d["max_position_embeddings"], 1)
     # Absent or null: the defaults of transformers 5, which reads `original...` from the top level too.
-    given = {k: block[k] for k in ROPE_FIELDS if block.get(k) is not None or (k == "truncate" and k in block)}
+    given = {
+        k: block[k]
+        for k in ROPE_FIELDS
+        if block.get(k) is not None or (k == "truncate" and k in block)
+    }
     top = d.get("original_max_position_embeddings")
     original = given.setdefault("original_max_position_embeddings", maximum if top is None else top)
     if top is not None and top != original:
-        raise _wrong(f"{where}.original_max_position_embeddings", original,
-                     f"the same as the top-level key ({top!r})", "keep one of them")
-    _int(f"{where}.original_max_position_embeddings", original, 1)
+        raise wrong(
+            f"{where}.original_max_position_embeddings",
+            original,
+            f"the same as the top-level key ({top!r})",
+            "keep one of them",
+        )
+    integer(f"{where}.original_max_position_embeddings", original, 1)
     given.setdefault("factor", maximum / original)
     try:
         return theta, RopeScaling(**given)
     except ConfigError as e:
-        raise _error(f"{where}.{str(e).removeprefix('RopeScaling.')}") from None
+        raise config_error(f"{where}.{str(e).removeprefix('RopeScaling.')}") from None
 
 
 def _read_rope(source: str, d: Mapping) -> tuple[Any, RopeScaling | None]:
@@ -194,16 +162,26 @@ def _read_rope(source: str, d: Mapping) -> tuple[Any, RopeScaling | None]:
             if theta is not None:
                 thetas.append((f"{name}.rope_theta", theta))
     if not thetas:
-        raise _error(f"{source}: rope_theta is missing, expected at the top level or in "
-                     "rope_parameters; add it (1000000.0 in most Qwen2.5 models)")
+        raise config_error(
+            f"{source}: rope_theta is missing, expected at the top level or in "
+            "rope_parameters; add it (1000000.0 in most Qwen2.5 models)"
+        )
     for key, theta in thetas:
-        _float(f"{source}: {key}", theta)
+        number(f"{source}: {key}", theta)
         if theta != thetas[0][1]:
-            raise _wrong(f"{source}: {key}", theta, f"the same as {thetas[0][0]} ({thetas[0][1]!r})",
-                         "keep one of them")
+            raise wrong(
+                f"{source}: {key}",
+                theta,
+                f"the same as {thetas[0][0]} ({thetas[0][1]!r})",
+                "keep one of them",
+            )
     if len(scalings) == 2 and scalings[0] != scalings[1]:
-        raise _wrong(f"{source}: rope_scaling", d["rope_scaling"], "the same as rope_parameters",
-                     "keep one of them")
+        raise wrong(
+            f"{source}: rope_scaling",
+            d["rope_scaling"],
+            "the same as rope_parameters",
+            "keep one of them",
+        )
     return thetas[0][1], scalings[0] if scalings else None
 
 
@@ -245,37 +223,64 @@ class ModelConfig:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
         at = lambda name: f"{self.source}: {name}"  # noqa: E731
         for name in SIZES:
-            _int(at(name), getattr(self, name), 1, optional=name in ("num_key_value_heads", "head_dim"))
+            integer(
+                at(name),
+                getattr(self, name),
+                1,
+                optional=name in ("num_key_value_heads", "head_dim"),
+            )
         H, D = self.num_attention_heads, self.hidden_size
         K = H if self.num_key_value_heads is None else self.num_key_value_heads
         put("num_key_value_heads", K)
         if H % K:
-            raise _wrong(at("num_attention_heads"), H, f"a multiple of num_key_value_heads ({K})",
-                         "every key/value head serves the same number of query heads")
+            raise wrong(
+                at("num_attention_heads"),
+                H,
+                f"a multiple of num_key_value_heads ({K})",
+                "every key/value head serves the same number of query heads",
+            )
         if self.head_dim is None and D % H:
-            raise _wrong(at("head_dim"), None, f"a value, since num_attention_heads ({H}) does not divide "
-                         f"hidden_size ({D})", "write head_dim into the config")
+            raise wrong(
+                at("head_dim"),
+                None,
+                f"a value, since num_attention_heads ({H}) does not divide hidden_size ({D})",
+                "write head_dim into the config",
+            )
         put("head_dim", D // H if self.head_dim is None else self.head_dim)
         if self.head_dim % 2:
-            raise _wrong(at("head_dim"), self.head_dim, "an even number",
-                         "rotary embedding pairs the dimensions of a head")
+            raise wrong(
+                at("head_dim"),
+                self.head_dim,
+                "an even number",
+                "rotary embedding pairs the dimensions of a head",
+            )
         for name in ("rms_norm_eps", "rope_theta"):
-            put(name, _float(at(name), getattr(self, name)))
+            put(name, number(at(name), getattr(self, name)))
         if not isinstance(self.rope_scaling, RopeScaling | None):
-            raise _wrong(at("rope_scaling"), self.rope_scaling, "a RopeScaling or None", "build one")
+            raise wrong(at("rope_scaling"), self.rope_scaling, "a RopeScaling or None", "build one")
         if self.rope_scaling is not None and self.rope_theta <= 1:
-            raise _wrong(at("rope_theta"), self.rope_theta, "a number above 1 with YaRN", "correct it")
-        _bool(at("tie_word_embeddings"), self.tie_word_embeddings)
+            raise wrong(
+                at("rope_theta"), self.rope_theta, "a number above 1 with YaRN", "correct it"
+            )
+        boolean(at("tie_word_embeddings"), self.tie_word_embeddings)
         put("dtype", _dtype_name(at("dtype"), self.dtype))
-        put("eos_token_id", _token_ids(at("eos_token_id"), self.eos_token_id))
+        put("eos_token_id", token_ids(at("eos_token_id"), self.eos_token_id))
         for name in ("bos_token_id", "pad_token_id"):
-            _int(at(name), getattr(self, name), 0, optional=True)
+            integer(at(name), getattr(self, name), 0, optional=True)
         if self.model_type not in tuple(ARCHITECTURES):
-            raise _wrong(at("model_type"), self.model_type, " or ".join(map(repr, ARCHITECTURES)),
-                         "only the dense Qwen2 architecture is implemented")
+            raise wrong(
+                at("model_type"),
+                self.model_type,
+                " or ".join(map(repr, ARCHITECTURES)),
+                "only the dense Qwen2 architecture is implemented",
+            )
         if not isinstance(self.quantization_config, dict | None):
-            raise _wrong(at("quantization_config"), self.quantization_config, "an object or null",
-                         "correct it")
+            raise wrong(
+                at("quantization_config"),
+                self.quantization_config,
+                "an object or null",
+                "correct it",
+            )
         put("quantization_config", copy.deepcopy(self.quantization_config))
         put("raw", copy.deepcopy(dict(self.raw)))
 
@@ -286,7 +291,7 @@ class ModelConfig:
         """Reads config.json, given its path or its directory's."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        return cls.from_dict(_read_json_object(path), source=str(path))
+        return cls.from_dict(read_json_object(path, ConfigError), source=str(path))
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
@@ -296,28 +301,52 @@ class ModelConfig:
         is then float32 as in PyTorch. Keys that no Qwen2 forward pass reads are only kept (`raw`).
         """
         if not isinstance(d, Mapping):
-            raise _wrong(f"{source}: the top level", d, "a JSON object", "fetch the file again or repair it")
+            raise wrong(
+                f"{source}: the top level", d, "a JSON object", "fetch the file again or repair it"
+            )
         for key in ("model_type", *SIZES, "hidden_act", "rms_norm_eps", "tie_word_embeddings"):
             if key not in d and key != "head_dim":
-                raise _error(f"{source}: {key} is missing, expected in every Qwen2 config; "
-                             "fetch the file again or add the key")
+                raise config_error(
+                    f"{source}: {key} is missing, expected in every Qwen2 config; "
+                    "fetch the file again or add the key"
+                )
         _check_function(source, d)
         rope_theta, rope_scaling = _read_rope(source, d)
         names = [k for k in ("dtype", "torch_dtype") if d.get(k) is not None]
         dtypes = [_dtype_name(f"{source}: {k}", d[k]) for k in names]
         if len(set(dtypes)) == 2:
-            raise _wrong(f"{source}: torch_dtype", dtypes[1], f"the same as dtype ({dtypes[0]!r})",
-                         "keep one of them")
-        same_name = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id",
-                     "pad_token_id", "model_type", "quantization_config")
-        return cls(**{k: d.get(k) for k in same_name}, rope_theta=rope_theta, rope_scaling=rope_scaling,
-                   dtype=dtypes[0] if dtypes else "float32", raw=dict(d), source=source)
+            raise wrong(
+                f"{source}: torch_dtype",
+                dtypes[1],
+                f"the same as dtype ({dtypes[0]!r})",
+                "keep one of them",
+            )
+        same_name = (
+            *SIZES,
+            "rms_norm_eps",
+            "tie_word_embeddings",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "model_type",
+            "quantization_config",
+        )
+        return cls(
+            **{k: d.get(k) for k in same_name},
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            dtype=dtypes[0] if dtypes else "float32",
+            raw=dict(d),
+            source=source,
+        )
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, validated like a file; head_dim stays unless itself changed."""
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
         if unknown:
-            raise _wrong("ModelConfig.replace", unknown[0], "a field of ModelConfig", "correct the name")
+            raise wrong(
+                "ModelConfig.replace", unknown[0], "a field of ModelConfig", "correct the name"
+            )
         # Through to_dict, so that `raw` follows and keys that depend on each other are checked again.
         changed = dataclasses.replace(self, **changes)
         return ModelConfig.from_dict(changed.to_dict(), changed.source)
@@ -332,7 +361,10 @@ class ModelConfig:
         """
         d = copy.deepcopy(self.raw)
         if d.get("model_type") != self.model_type or not d.get("architectures"):
-            d |= {"architectures": [ARCHITECTURES[self.model_type][0]], "model_type": self.model_type}
+            d |= {
+                "architectures": [ARCHITECTURES[self.model_type][0]],
+                "model_type": self.model_type,
+            }
             d |= {"attention_bias": True, "mlp_bias": False} if self.model_type == "llama" else {}
         d.setdefault("hidden_act", "silu")
         for key in (*SIZES, "rms_norm_eps", "tie_word_embeddings"):
@@ -340,7 +372,7 @@ class ModelConfig:
         for key in ("bos_token_id", "pad_token_id", "quantization_config"):
             if key in d or getattr(self, key) is not None:
                 d[key] = copy.deepcopy(getattr(self, key))
-        if _token_ids("eos_token_id", d.get("eos_token_id")) != self.eos_token_id:
+        if token_ids("eos_token_id", d.get("eos_token_id")) != self.eos_token_id:
             ids = list(self.eos_token_id)
             d["eos_token_id"] = ids if len(ids) > 1 else ids[0] if ids else None
         for key in [k for k in ("dtype", "torch_dtype") if k in d] or ["torch_dtype"]:
@@ -356,7 +388,9 @@ class ModelConfig:
         if not new_layout or d.get("rope_theta") is not None:
             d["rope_theta"] = self.rope_theta
         if d.get("original_max_position_embeddings") is not None and self.rope_scaling is not None:
-            d["original_max_position_embeddings"] = self.rope_scaling.original_max_position_embeddings
+            d["original_max_position_embeddings"] = (
+                self.rope_scaling.original_max_position_embeddings
+            )
         names = [k for k in ("rope_scaling", "rope_parameters") if d.get(k)]
         if not names and self.rope_scaling is not None:
             names = ["rope_scaling"]
@@ -385,16 +419,7 @@ class ModelConfig:
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes directory/config.json (replacing it in one step) and returns its path."""
         path = Path(directory) / "config.json"
-        temporary = path.with_name(f".config.json.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise _error(f"{path}: cannot be written ({e.strerror or e}), expected a writable "
-                         "directory; choose another") from None
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n", ConfigError)
         return path
 
     # ---- what follows
@@ -435,16 +460,24 @@ class ModelConfig:
         shapes = {"model.embed_tokens.weight": (self.vocab_size, D)}
         for i in range(self.num_hidden_layers):
             layer = f"model.layers.{i}."
-            shapes |= {layer + "self_attn.q_proj.weight": (Q, D), layer + "self_attn.q_proj.bias": (Q,),
-                       layer + "self_attn.k_proj.weight": (KV, D), layer + "self_attn.k_proj.bias": (KV,),
-                       layer + "self_attn.v_proj.weight": (KV, D), layer + "self_attn.v_proj.bias": (KV,),
-                       layer + "self_attn.o_proj.weight": (D, Q)}
+            shapes |= {
+                layer + "self_attn.q_proj.weight": (Q, D),
+                layer + "self_attn.q_proj.bias": (Q,),
+                layer + "self_attn.k_proj.weight": (KV, D),
+                layer + "self_attn.k_proj.bias": (KV,),
+                layer + "self_attn.v_proj.weight": (KV, D),
+                layer + "self_attn.v_proj.bias": (KV,),
+                layer + "self_attn.o_proj.weight": (D, Q),
+            }
             if self.model_type == "llama":
                 shapes[layer + "self_attn.o_proj.bias"] = (D,)
-            shapes |= {layer + "mlp.gate_proj.weight": (I, D), layer + "mlp.up_proj.weight": (I, D),
-                       layer + "mlp.down_proj.weight": (D, I),
-                       layer + "input_layernorm.weight": (D,),
-                       layer + "post_attention_layernorm.weight": (D,)}
+            shapes |= {
+                layer + "mlp.gate_proj.weight": (I, D),
+                layer + "mlp.up_proj.weight": (I, D),
+                layer + "mlp.down_proj.weight": (D, I),
+                layer + "input_layernorm.weight": (D,),
+                layer + "post_attention_layernorm.weight": (D,),
+            }
         shapes["model.norm.weight"] = (D,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, D)
@@ -456,10 +489,16 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Parameters stored, a tied head counted once: 7,615,616,512 for Qwen2.5-7B."""
-        vectors = self.q_size + 2 * self.kv_size + 2 * self.hidden_size  # q, k, v biases and two norms
+        vectors = (
+            self.q_size + 2 * self.kv_size + 2 * self.hidden_size
+        )  # q, k, v biases and two norms
         vectors += self.hidden_size if self.model_type == "llama" else 0  # o_proj.bias
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * (self._matrix_parameters() + vectors) + self.hidden_size
+        return (
+            embeddings
+            + self.num_hidden_layers * (self._matrix_parameters() + vectors)
+            + self.hidden_size
+        )
 
     def weight_bytes(self, dtype: Any = None) -> int:
         """Bytes of all parameters in `dtype` (a name or a torch.dtype; default the config's), unquantised."""
@@ -480,7 +519,7 @@ class ModelConfig:
         biases, softmax, RoPE, SiLU and the embedding look-up are not counted. For Qwen2.5-7B:
         14,140,571,648 + 401,408 * context_len (without the head 13,050,576,896).
         """
-        _int("flops_per_token: context_len", context_len, 0)
+        integer("flops_per_token: context_len", context_len, 0)
         matrices = self.num_hidden_layers * self._matrix_parameters()
         matrices += self.vocab_size * self.hidden_size if lm_head else 0
         return 2 * matrices + 4 * self.num_hidden_layers * self.q_size * context_len
@@ -490,35 +529,59 @@ def _check_function(source: str, d: Mapping[str, Any]) -> None:
     """Refuses keys outside ModelConfig's fields that ask for another function than Qwen2's."""
     model_type, architectures = d["model_type"], d.get("architectures")
     if model_type not in tuple(ARCHITECTURES):
-        raise _wrong(f"{source}: model_type", model_type, " or ".join(map(repr, ARCHITECTURES)),
-                     "only the dense Qwen2 architecture is implemented")
+        raise wrong(
+            f"{source}: model_type",
+            model_type,
+            " or ".join(map(repr, ARCHITECTURES)),
+            "only the dense Qwen2 architecture is implemented",
+        )
     if architectures is not None:
         known = ARCHITECTURES[model_type]
-        if not isinstance(architectures, (list, tuple)) or not set(map(str, architectures)) <= set(known):
-            raise _wrong(f"{source}: architectures", architectures, f"[{known[0]!r}]",
-                         "only the dense causal language model is implemented")
+        if not isinstance(architectures, (list, tuple)) or not set(map(str, architectures)) <= set(
+            known
+        ):
+            raise wrong(
+                f"{source}: architectures",
+                architectures,
+                f"[{known[0]!r}]",
+                "only the dense causal language model is implemented",
+            )
     if d["hidden_act"] != "silu":
-        raise _wrong(f"{source}: hidden_act", d["hidden_act"], "'silu'", "no other activation is implemented")
+        raise wrong(
+            f"{source}: hidden_act", d["hidden_act"], "'silu'", "no other activation is implemented"
+        )
 
     # Llama asks for its biases; Qwen2 always has them on q, k and v, and never elsewhere.
     bias = d.get("attention_bias", model_type == "qwen2")
     if bias is not True:
-        raise _wrong(f"{source}: attention_bias", d.get("attention_bias"), "true (biases on q, k and v)",
-                     "a model without them is not a Qwen2 model")
+        raise wrong(
+            f"{source}: attention_bias",
+            d.get("attention_bias"),
+            "true (biases on q, k and v)",
+            "a model without them is not a Qwen2 model",
+        )
     if d.get("mlp_bias", False) is not False:
-        raise _wrong(f"{source}: mlp_bias", d["mlp_bias"], "false", "Qwen2's MLP has no biases")
+        raise wrong(f"{source}: mlp_bias", d["mlp_bias"], "false", "Qwen2's MLP has no biases")
     if d.get("use_mrope", False) not in (False, None):
-        raise _wrong(f"{source}: use_mrope", d["use_mrope"], "false", "multimodal RoPE is not implemented")
+        raise wrong(
+            f"{source}: use_mrope", d["use_mrope"], "false", "multimodal RoPE is not implemented"
+        )
     if d.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise _wrong(f"{source}: partial_rotary_factor", d["partial_rotary_factor"], "1.0 or no such key",
-                     "Qwen2 rotates whole heads")
+        raise wrong(
+            f"{source}: partial_rotary_factor",
+            d["partial_rotary_factor"],
+            "1.0 or no such key",
+            "Qwen2 rotates whole heads",
+        )
 
     dual_chunk = d.get("dual_chunk_attention_config")
-    if dual_chunk is not None:  # transformers ignores it too; ModelConfig.context_length says how far
+    if (
+        dual_chunk is not None
+    ):  # transformers ignores it too; ModelConfig.context_length says how far
         where, key = f"{source}: dual_chunk_attention_config", "original_max_position_embeddings"
         if not isinstance(dual_chunk, Mapping):
-            raise _wrong(where, dual_chunk, "an object or null", "correct it")
-        _int(f"{where}.{key}", dual_chunk.get(key), 1)
+            raise wrong(where, dual_chunk, "an object or null", "correct it")
+        integer(f"{where}.{key}", dual_chunk.get(key), 1)
     _check_no_layer_slides(source, d)
 
 
@@ -527,88 +590,30 @@ def _check_no_layer_slides(source: str, d: Mapping[str, Any]) -> None:
     layers, types = d["num_hidden_layers"], d.get("layer_types")
     if types is not None:
         if not isinstance(types, (list, tuple)) or len(types) != layers:
-            raise _wrong(f"{source}: layer_types", types, f"an entry for each of {layers!r} layers",
-                         "correct it")
+            raise wrong(
+                f"{source}: layer_types",
+                types,
+                f"an entry for each of {layers!r} layers",
+                "correct it",
+            )
         for i, kind in enumerate(types):
             if kind != "full_attention":
-                raise _wrong(f"{source}: layer_types[{i}]", kind, "'full_attention'",
-                             "sliding-window attention is not implemented")
+                raise wrong(
+                    f"{source}: layer_types[{i}]",
+                    kind,
+                    "'full_attention'",
+                    "sliding-window attention is not implemented",
+                )
     sliding = d.get("use_sliding_window")
-    if sliding is not None and _bool(f"{source}: use_sliding_window", sliding) and types is None:
+    if sliding is not None and boolean(f"{source}: use_sliding_window", sliding) and types is None:
         window = d.get("sliding_window", "missing")
         if window is None:
             return
         first = d.get("max_window_layers")
         if type(first) is not int or type(layers) is not int or first < layers:
-            raise _wrong(f"{source}: use_sliding_window", True,
-                         f"false, or max_window_layers ({first!r}) not below num_hidden_layers ({layers!r})",
-                         "sliding-window attention is not implemented; set it to false for full attention")
-
-
-# Keys of generation_config.json that would change the text, with the values that do nothing.
-NOT_IMPLEMENTED = {
-    "num_beams": (1,), "penalty_alpha": (0,), "guidance_scale": (1,), "typical_p": (1,),
-    "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": (), "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "min_length": (0,),
-    "min_new_tokens": (0,), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "bad_words_ids": ([],),
-    "sequence_bias": ([], {}), "stop_strings": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """What generation_config.json asks for, to be used where the caller says nothing; raises ConfigError.
-
-    temperature 0 means greedy, and is what do_sample false or absent gives, as in transformers. Left out,
-    every other value is the one that does nothing: top_p 1, top_k 0, min_p 0, repetition_penalty 1
-    (transformers itself would apply a top_k of 50). eos_token_ids joins the stop tokens of
-    generation_config.json and config.json.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    do_sample: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    max_new_tokens: int | None = None
-
-    @classmethod
-    def from_dir(cls, path: str | os.PathLike, config: ModelConfig) -> "GenerationDefaults":
-        """Reads path/generation_config.json; without that file, greedy with config.json's token ids."""
-        file = Path(path) / "generation_config.json"
-        d = _read_json_object(file) if os.path.lexists(file) else {}
-        return cls.from_dict(d, config, source=str(file))
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any], config: ModelConfig,
-                  source: str = "generation_config.json") -> "GenerationDefaults":
-        """Checks a generation_config.json already parsed. null counts as absent."""
-        if not isinstance(d, Mapping):
-            raise _wrong(f"{source}: the top level", d, "a JSON object", "fetch the file again or repair it")
-        d = {k: v for k, v in d.items() if v is not None}
-        at = lambda name: f"{source}: {name}"  # noqa: E731
-        for key, neutral in NOT_IMPLEMENTED.items():
-            if key in d and d[key] not in neutral:
-                raise _wrong(at(key), d[key], " or ".join(map(repr, neutral)) + " or no such key",
-                             "it changes what is generated and is not implemented; remove it")
-        do_sample = _bool(at("do_sample"), d.get("do_sample", False))
-        temperature = _float(at("temperature"), d.get("temperature", 1.0), open_low=False)
-        stops = _token_ids(at("eos_token_id"), d.get("eos_token_id")) + config.eos_token_id
-        bos, pad = d.get("bos_token_id", config.bos_token_id), d.get("pad_token_id", config.pad_token_id)
-        return cls(
-            temperature=temperature if do_sample else 0.0,
-            top_p=_float(at("top_p"), d.get("top_p", 1.0), high=1.0),
-            top_k=max(0, _int(at("top_k"), d.get("top_k", 0), -1)),  # some files write -1 for off
-            min_p=_float(at("min_p"), d.get("min_p", 0.0), high=1.0, open_low=False),
-            repetition_penalty=_float(at("repetition_penalty"), d.get("repetition_penalty", 1.0)),
-            do_sample=do_sample,
-            eos_token_ids=tuple(dict.fromkeys(stops)),
-            bos_token_id=_int(at("bos_token_id"), bos, 0, optional=True),
-            pad_token_id=_int(at("pad_token_id"), pad, 0, optional=True),
-            max_new_tokens=_int(at("max_new_tokens"), d.get("max_new_tokens"), 1, optional=True),
-        )
+            raise wrong(
+                f"{source}: use_sliding_window",
+                True,
+                f"false, or max_window_layers ({first!r}) not below num_hidden_layers ({layers!r})",
+                "sliding-window attention is not implemented; set it to false for full attention",
+            )

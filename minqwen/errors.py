@@ -23,3 +23,11 @@ class ParallelError(MinqwenError):
 
 class SamplingError(MinqwenError):
     """A sampling parameter or request that cannot be served."""
+
+
+class TraceError(MinqwenError):
+    """A point that does not exist, or a replacement that does not fit."""
+
+
+class HeadsError(MinqwenError):
+    """A head count, recipe or checkpoint that head extension must refuse."""

@@ -9,45 +9,47 @@ NCCL_SOCKET_IFNAME unless the user did). torchrun's own store listens on every i
 with `--master-addr 127.0.0.1 --master-port N`), without a password, and has no option for it: on a network
 you do not trust use a firewall, or a network namespace that has only loopback.
 """
+
 from __future__ import annotations
 
 import atexit
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Callable
 
 import torch
 import torch.distributed as dist
 
-from .config import ModelConfig
-from .errors import ParallelError
-from .watch import Watch
+from minqwen.config import ModelConfig
+from minqwen.errors import ParallelError
+from minqwen.watch import Watch
 
 # ---------------------------------------------------------------------------------------------- the plan
 # Parameter suffix -> what it is split by. A name that is not here (the norms, o_proj.bias, which is added
 # once after the sum) is whole on every rank. Column-parallel parameters split dim 0, their output, ...
 PLAN = {
     "embed_tokens.weight": (0, "vocabulary"),
-    "lm_head.weight":      (0, "vocabulary"),
-    "q_proj.weight":       (0, "query heads"),
-    "q_proj.bias":         (0, "query heads"),
-    "k_proj.weight":       (0, "kv heads"),
-    "k_proj.bias":         (0, "kv heads"),
-    "v_proj.weight":       (0, "kv heads"),
-    "v_proj.bias":         (0, "kv heads"),
-    "gate_proj.weight":    (0, "intermediate"),
-    "up_proj.weight":      (0, "intermediate"),
+    "lm_head.weight": (0, "vocabulary"),
+    "q_proj.weight": (0, "query heads"),
+    "q_proj.bias": (0, "query heads"),
+    "k_proj.weight": (0, "kv heads"),
+    "k_proj.bias": (0, "kv heads"),
+    "v_proj.weight": (0, "kv heads"),
+    "v_proj.bias": (0, "kv heads"),
+    "gate_proj.weight": (0, "intermediate"),
+    "up_proj.weight": (0, "intermediate"),
     # ... row-parallel ones dim 1, their input; the partial results are summed over ranks.
-    "o_proj.weight":       (1, "query heads"),
-    "down_proj.weight":    (1, "intermediate"),
+    "o_proj.weight": (1, "query heads"),
+    "down_proj.weight": (1, "intermediate"),
 }
 
 
 @dataclass(frozen=True)
 class Shard:
     """The slice [start, stop) of dimension `dim` that one rank holds; it may be empty."""
+
     dim: int
     start: int
     stop: int
@@ -66,7 +68,9 @@ def shard(name: str, config: ModelConfig, rank: int, size: int) -> Shard | None:
         return None
     if what == "vocabulary":
         rows = -(-config.vocab_size // size)
-        return Shard(dim, min(rank * rows, config.vocab_size), min((rank + 1) * rows, config.vocab_size))
+        return Shard(
+            dim, min(rank * rows, config.vocab_size), min((rank + 1) * rows, config.vocab_size)
+        )
     if what == "kv heads":
         kv_heads, d = config.num_key_value_heads, config.head_dim
         first = rank * kv_heads // size
@@ -77,11 +81,17 @@ def shard(name: str, config: ModelConfig, rank: int, size: int) -> Shard | None:
 
 def _obstacles(config: ModelConfig, size: int) -> list[str]:
     """Why `size` ranks cannot share the model, one phrase per reason; empty when they can."""
-    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    heads, kv_heads, width = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.intermediate_size,
+    )
     found = []
     if kv_heads % size and size % kv_heads:
         found.append(f"{kv_heads} key/value heads neither divide by {size} nor divide it")
-    elif heads % size:  # with size = m K this is also "m divides H / K": no rank's heads span two KV groups
+    elif (
+        heads % size
+    ):  # with size = m K this is also "m divides H / K": no rank's heads span two KV groups
         found.append(f"{heads} query heads do not divide by {size}")
     if width % size:
         found.append(f"intermediate_size {width} does not divide by {size}")
@@ -99,10 +109,14 @@ def check_degree(config: ModelConfig, size: int) -> None:
     obstacles = _obstacles(config, size) if size >= 1 else ["a degree is at least 1"]
     if not obstacles:
         return
-    line = (f"tensor-parallel degree {size} does not fit this model: {'; '.join(obstacles)}; "
-            f"degrees that work: {', '.join(map(str, valid_degrees(config, max(64, 2 * size))))}")
+    line = (
+        f"tensor-parallel degree {size} does not fit this model: {'; '.join(obstacles)}; "
+        f"degrees that work: {', '.join(map(str, valid_degrees(config, max(64, 2 * size))))}"
+    )
     if len(obstacles) == 1 and "query heads" in obstacles[0]:
-        heads = -(-config.num_attention_heads // size) * size  # a multiple of K too, as K divides size
+        heads = (
+            -(-config.num_attention_heads // size) * size
+        )  # a multiple of K too, as K divides size
         line += f"; or extend to {heads} heads: tools/heads.py extend"
     raise ParallelError(line)
 
@@ -121,7 +135,9 @@ class Mesh:
         self._watch: Watch | None = None
 
     @classmethod
-    def from_env(cls, device: str | torch.device | None = None, timeout_s: float | None = None) -> Mesh:
+    def from_env(
+        cls, device: str | torch.device | None = None, timeout_s: float | None = None
+    ) -> Mesh:
         """The mesh that torchrun's variables describe, over NCCL on GPUs or gloo on CPUs; without them rank 0
         of 1 and no process group.
 
@@ -135,19 +151,27 @@ class Mesh:
         local_size, local_rank = _env_number("LOCAL_WORLD_SIZE", 1), _env_number("LOCAL_RANK", 0)
         timeout = _env_number("MINQWEN_TIMEOUT", 60) if timeout_s is None else timeout_s
         if not timeout > 0 or not 0 <= rank < size:
-            raise ParallelError(f"RANK {rank}, WORLD_SIZE {size}, timeout {timeout:g} s: expected 0 <= RANK "
-                                "< WORLD_SIZE and a timeout (MINQWEN_TIMEOUT) above 0")
+            raise ParallelError(
+                f"RANK {rank}, WORLD_SIZE {size}, timeout {timeout:g} s: expected 0 <= RANK "
+                "< WORLD_SIZE and a timeout (MINQWEN_TIMEOUT) above 0"
+            )
         gpus = torch.cuda.device_count()
         mesh = cls(device or ("cuda" if gpus >= local_size else "cpu"))
         if mesh.device.type == "cuda":
             if local_rank >= gpus:
-                raise ParallelError(f"rank {rank} needs GPU {local_rank} but this machine has {gpus}: start "
-                                    f"at most {gpus} ranks per node, or use device cpu")
+                raise ParallelError(
+                    f"rank {rank} needs GPU {local_rank} but this machine has {gpus}: start "
+                    f"at most {gpus} ranks per node, or use device cpu"
+                )
             if size > 1 or mesh.device.index is None:
                 mesh.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(mesh.device)
         elif local_size > 1 and not _user_chose_threads():
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            cores = (
+                len(os.sched_getaffinity(0))
+                if hasattr(os, "sched_getaffinity")
+                else os.cpu_count() or 1
+            )
             torch.set_num_threads(max(1, cores // local_size))
         if size > 1:
             mesh.rank, mesh.size = rank, size
@@ -156,28 +180,47 @@ class Mesh:
 
     def _connect(self, timeout: float, single_node: bool) -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
-            raise ParallelError(f"WORLD_SIZE is {self.size}, but " + (
-                "this process has a process group already: hand its mesh on instead of making another"
-                if dist.is_initialized() else "torchrun's store is missing: start the ranks with torchrun"))
+            raise ParallelError(
+                f"WORLD_SIZE is {self.size}, but "
+                + (
+                    "this process has a process group already: hand its mesh on instead of making another"
+                    if dist.is_initialized()
+                    else "torchrun's store is missing: start the ranks with torchrun"
+                )
+            )
         loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if single_node and loopback else ():
+        for variable in (
+            ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if single_node and loopback else ()
+        ):
             os.environ.setdefault(variable, loopback[0])
         host, port = os.environ.get("MASTER_ADDR", "localhost"), _env_number("MASTER_PORT", 29500)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:  # two connections: one that waits inside the process group would keep the watch waiting
-            mine, group = (dist.PrefixStore(f"minqwen/{attempt}/{user}",
-                                            dist.TCPStore(host, port, is_master=False))
-                           for user in ("watch", "group"))
+            mine, group = (
+                dist.PrefixStore(
+                    f"minqwen/{attempt}/{user}", dist.TCPStore(host, port, is_master=False)
+                )
+                for user in ("watch", "group")
+            )
         except RuntimeError as error:
-            raise ParallelError(f"rank {self.rank} cannot reach torchrun's store at {host}:{port}: "
-                                f"{str(error).splitlines()[0]}") from None
+            raise ParallelError(
+                f"rank {self.rank} cannot reach torchrun's store at {host}:{port}: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         self._watch = Watch(self.rank, self.size, timeout, mine)
         atexit.register(self.close, linger=0)
         cuda = self.device.type == "cuda"
         # The group's own timeout would end a chat whose user is thinking; silence is the watch's business.
-        self._run(lambda: dist.init_process_group(
-            "nccl" if cuda else "gloo", store=group, rank=self.rank, world_size=self.size,
-            timeout=timedelta(days=1), device_id=self.device if cuda else None))
+        self._run(
+            lambda: dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=group,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(days=1),
+                device_id=self.device if cuda else None,
+            )
+        )
 
     def _run(self, collective: Callable[[], object]) -> None:
         try:
@@ -186,7 +229,9 @@ class Mesh:
             self._watch.investigate()  # does not return if a peer is gone; otherwise the error is our own
             raise
 
-    def all_reduce(self, t: torch.Tensor, op: str = "sum", dtype: torch.dtype | None = None) -> torch.Tensor:
+    def all_reduce(
+        self, t: torch.Tensor, op: str = "sum", dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """Elementwise "sum" or "max" over ranks, any shape and dtype. With `dtype` it is taken in that and
         rounded once to t's own: the sum of bfloat16 partial results belongs in float32."""
         if self.size == 1:
@@ -200,7 +245,9 @@ class Mesh:
         """Every rank's `t`, concatenated along `dim` in rank order."""
         if self.size == 1:
             return t
-        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        parts = [
+            torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)
+        ]
         self._run(lambda: dist.all_gather(parts, t.contiguous()))
         return torch.cat(parts, dim)
 
@@ -232,8 +279,9 @@ def _env_number(name: str, default: int) -> int:
     try:
         return int(os.environ.get(name, default))
     except ValueError:
-        raise ParallelError(f"environment variable {name} is {os.environ[name]!r}: expected an integer"
-                            ) from None
+        raise ParallelError(
+            f"environment variable {name} is {os.environ[name]!r}: expected an integer"
+        ) from None
 
 
 def _user_chose_threads() -> bool:

@@ -2,6 +2,7 @@
 
 Without this the others would sit in a collective for as long as its timeout, and then name nobody.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +15,7 @@ import time
 
 import torch.distributed as dist
 
-from .errors import ParallelError
+from minqwen.errors import ParallelError
 
 NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
@@ -42,12 +43,18 @@ class Watch(threading.Thread):
         super().__init__(name="minqwen-watch", daemon=True)
         self.rank, self.size, self.timeout, self.store = rank, size, timeout, store
         self.beat, self.count, self.done, self.ended = min(1.0, timeout / 8), 0, False, False
-        self.failed_at, self.exit_at, self.exit_code = NEVER, NEVER, 1  # a collective failed; a signal came
-        self.left: set[int] = set()     # peers that ended of their own accord, or are about to
+        self.failed_at, self.exit_at, self.exit_code = (
+            NEVER,
+            NEVER,
+            1,
+        )  # a collective failed; a signal came
+        self.left: set[int] = set()  # peers that ended of their own accord, or are about to
         self.lost: dict[int, str] = {}  # peers that did not, and torchrun: what became of them
         self.pids, self.pidfds, self.poll = self._meet(max(timeout, 60)), {}, select.poll()
         self.looked = time.monotonic()
-        self.heard = {r: (b"", self.looked) for r in self.pids}  # each peer's last word and when it was new
+        self.heard = {
+            r: (b"", self.looked) for r in self.pids
+        }  # each peer's last word and when it was new
         for r, (pid, space) in {**self.pids, TORCHRUN: (os.getppid(), _pid_space())}.items():
             if space and space == _pid_space():
                 try:
@@ -72,12 +79,19 @@ class Watch(threading.Thread):
         """Waits until every rank has written who it is. Returns each peer's pid and pid space."""
         self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space()]))
         self.store.set(f"word/{self.rank}", "0")
-        peers, deadline = [r for r in range(self.size) if r != self.rank], time.monotonic() + patience
+        peers, deadline = (
+            [r for r in range(self.size) if r != self.rank],
+            time.monotonic() + patience,
+        )
         for r in peers:
-            while not self.store.check([f"who/{r}", f"word/{r}"]):  # store.wait would hold up signals
+            while not self.store.check(
+                [f"who/{r}", f"word/{r}"]
+            ):  # store.wait would hold up signals
                 if time.monotonic() > deadline:
-                    raise ParallelError(f"rank {r} of {self.size} did not arrive within {patience:g} s: see "
-                                        "its messages, or set MINQWEN_TIMEOUT (seconds) higher")
+                    raise ParallelError(
+                        f"rank {r} of {self.size} did not arrive within {patience:g} s: see "
+                        "its messages, or set MINQWEN_TIMEOUT (seconds) higher"
+                    )
                 time.sleep(0.02)
         return {r: json.loads(self.store.get(f"who/{r}")) for r in peers}
 
@@ -139,7 +153,9 @@ class Watch(threading.Thread):
         except RuntimeError:
             first = True
         if first:
-            names = {r: f"rank {r} of {self.size} (pid {pid}) " for r, (pid, _) in self.pids.items()}
+            names = {
+                r: f"rank {r} of {self.size} (pid {pid}) " for r, (pid, _) in self.pids.items()
+            }
             what = "; ".join(names.get(r, "") + what for r, what in sorted(self.lost.items()))
             os.write(2, f"error: {what}: all ranks stop\n".encode())
         for r in (self.pids.keys() & self.pidfds.keys() & self.lost.keys()) - self.left:

@@ -1,4 +1,5 @@
 """The shard plan, the collectives, and what becomes of a run that loses a rank."""
+
 import json
 import re
 from collections import Counter
@@ -7,25 +8,40 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.torchrun import torchrun
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ParallelError
 from minqwen.parallel import PLAN, SINGLE, Mesh, Shard, check_degree, shard, valid_degrees
-from torchrun import torchrun
 
 
 def make(heads=28, kv_heads=4, width=18944, head_dim=2, vocab=11, tied=False):
-    return ModelConfig(vocab_size=vocab, hidden_size=3, intermediate_size=width, num_hidden_layers=1,
-                       num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-                       tie_word_embeddings=tied)
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=3,
+        intermediate_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the plan
-@pytest.mark.parametrize("size, heads, kv_heads, width, degrees", [
-    ("0.5B", 14, 2, 4864, [1, 2]), ("1.5B", 12, 2, 8960, [1, 2, 4]), ("3B", 16, 2, 11008, [1, 2, 4, 8, 16]),
-    ("7B", 28, 4, 18944, [1, 2, 4]), ("7B extended", 32, 4, 18944, [1, 2, 4, 8, 16, 32]),
-    ("14B", 40, 8, 13824, [1, 2, 4, 8]), ("32B", 40, 8, 27648, [1, 2, 4, 8]),
-    ("72B", 64, 8, 29568, [1, 2, 4, 8, 16, 32, 64])])
+@pytest.mark.parametrize(
+    "size, heads, kv_heads, width, degrees",
+    [
+        ("0.5B", 14, 2, 4864, [1, 2]),
+        ("1.5B", 12, 2, 8960, [1, 2, 4]),
+        ("3B", 16, 2, 11008, [1, 2, 4, 8, 16]),
+        ("7B", 28, 4, 18944, [1, 2, 4]),
+        ("7B extended", 32, 4, 18944, [1, 2, 4, 8, 16, 32]),
+        ("14B", 40, 8, 13824, [1, 2, 4, 8]),
+        ("32B", 40, 8, 27648, [1, 2, 4, 8]),
+        ("72B", 64, 8, 29568, [1, 2, 4, 8, 16, 32, 64]),
+    ],
+)
 def test_degrees_of_the_published_sizes(size, heads, kv_heads, width, degrees):
     config = make(heads, kv_heads, width)
     assert valid_degrees(config) == degrees
@@ -46,7 +62,8 @@ def test_the_refusal_says_what_would_help():
 
     assert line(make(), 8) == (
         "tensor-parallel degree 8 does not fit this model: 28 query heads do not divide by 8; "
-        "degrees that work: 1, 2, 4; or extend to 32 heads: tools/heads.py extend")
+        "degrees that work: 1, 2, 4; or extend to 32 heads: tools/heads.py extend"
+    )
     check_degree(make(heads=32), 8)
     assert "3 nor divide it" in line(make(), 3)
     assert "extend" not in line(make(), 3)  # more query heads would not help
@@ -58,9 +75,15 @@ def test_the_refusal_says_what_would_help():
 @st.composite
 def cases(draw):
     """A config and a degree that fits it."""
-    kv_heads, group, size = draw(st.integers(1, 8)), draw(st.integers(1, 8)), draw(st.integers(1, 16))
+    kv_heads, group, size = (
+        draw(st.integers(1, 8)),
+        draw(st.integers(1, 8)),
+        draw(st.integers(1, 16)),
+    )
     width, head_dim = size * draw(st.integers(1, 5)), draw(st.sampled_from([2, 4, 6]))
-    config = make(kv_heads * group, kv_heads, width, head_dim, draw(st.integers(1, 70)), draw(st.booleans()))
+    config = make(
+        kv_heads * group, kv_heads, width, head_dim, draw(st.integers(1, 70)), draw(st.booleans())
+    )
     return config, draw(st.sampled_from(valid_degrees(config, 16)))
 
 
@@ -88,7 +111,9 @@ def test_shards_cover_every_parameter(case):
             assert lengths[0] == -(-shape[0] // size)
     if size > 1:  # every query head of a rank finds its key/value head on the same rank
         for rank in range(size):
-            q, k = (shard(f"model.layers.0.self_attn.{x}_proj.weight", config, rank, size) for x in "qk")
+            q, k = (
+                shard(f"model.layers.0.self_attn.{x}_proj.weight", config, rank, size) for x in "qk"
+            )
             first, count = k.start // d, (k.stop - k.start) // d
             mine = range(q.start // d, q.stop // d)
             for i, head in enumerate(mine):
@@ -106,7 +131,9 @@ def test_shards_of_the_seven_billion():
     assert shard(layer + "input_layernorm.weight", config, 1, 4) is None
     assert shard("model.norm.weight", config, 1, 4) is None
     assert shard("lm_head.weight", config, 3, 4) == Shard(0, 114048, 152064)
-    assert shard(layer + "self_attn.k_proj.weight", make(32, head_dim=128), 5, 8) == Shard(0, 256, 384)
+    assert shard(layer + "self_attn.k_proj.weight", make(32, head_dim=128), 5, 8) == Shard(
+        0, 256, 384
+    )
     assert shard("lm_head.weight", make(vocab=9), 6, 8) == Shard(0, 9, 9)
 
 
@@ -123,8 +150,12 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert Mesh.from_env("cpu").size == 1 and not torch.distributed.is_initialized()
-    for name, value, message in [("WORLD_SIZE", "four", "'four'"), ("WORLD_SIZE", "2", "torchrun"),
-                                 ("RANK", "1", "RANK 1, WORLD_SIZE 1"), ("MINQWEN_TIMEOUT", "0", "above 0")]:
+    for name, value, message in [
+        ("WORLD_SIZE", "four", "'four'"),
+        ("WORLD_SIZE", "2", "torchrun"),
+        ("RANK", "1", "RANK 1, WORLD_SIZE 1"),
+        ("MINQWEN_TIMEOUT", "0", "above 0"),
+    ]:
         with monkeypatch.context() as patch, pytest.raises(ParallelError, match=message):
             patch.setenv(name, value)
             Mesh.from_env("cpu")
@@ -215,22 +246,26 @@ def lose(size, victim, deed, **env):
 
 def test_a_killed_rank_ends_all():
     lines, seconds, pid, tracebacks = lose(3, 0, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert lines == [f"error: rank 0 of 3 (pid {pid}) died (killed, crashed or out of memory): "
-                     "all ranks stop"]
+    assert lines == [
+        f"error: rank 0 of 3 (pid {pid}) died (killed, crashed or out of memory): all ranks stop"
+    ]
     assert seconds < 15 and not tracebacks
 
 
 def test_a_stopped_rank_ends_all():
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
     lines, seconds, pid, tracebacks = lose(3, 1, stop, MINQWEN_TIMEOUT="4")
-    assert lines == [f"error: rank 1 of 3 (pid {pid}) has been silent for 4 s (stopped or hung): "
-                     "all ranks stop"]
+    assert lines == [
+        f"error: rank 1 of 3 (pid {pid}) has been silent for 4 s (stopped or hung): all ranks stop"
+    ]
     assert 3 < seconds < 4 + 5 and not tracebacks
 
 
 def test_a_rank_that_leaves_early_ends_all():
     lines, seconds, pid, tracebacks = lose(2, 1, "sys.exit(0)")
-    assert lines == [f"error: rank 1 of 2 (pid {pid}) left while it was still needed: all ranks stop"]
+    assert lines == [
+        f"error: rank 1 of 2 (pid {pid}) left while it was still needed: all ranks stop"
+    ]
     assert seconds < 15 and not tracebacks
 
 

@@ -7,6 +7,7 @@
 Text goes to stdout as it comes; everything else to stderr. Sampling starts from the checkpoint's
 generation_config.json; flags win.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,32 +22,56 @@ from minqwen.errors import MinqwenError
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
-    group.add_argument("--prompt-file", metavar="F",
-                       help="one prompt a line (.jsonl: JSON strings or objects with a \"prompt\")")
-    group.add_argument("stdin", nargs="?", choices=["-"], help="- reads one prompt from standard input, to its end")
-    group.add_argument("--chat", action="store_true",
-                       help="prompts are a user's messages; without a prompt, on a terminal: a conversation")
+    group.add_argument(
+        "--prompt-file",
+        metavar="F",
+        help='one prompt a line (.jsonl: JSON strings or objects with a "prompt")',
+    )
+    group.add_argument(
+        "stdin", nargs="?", choices=["-"], help="- reads one prompt from standard input, to its end"
+    )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are a user's messages; without a prompt, on a terminal: a conversation",
+    )
     group.add_argument("--system", metavar="TEXT", help="the system message of --chat")
     model_flags(parser)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most new tokens (default 256)")
+    group.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="most new tokens (default 256)"
+    )
     group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
     group.add_argument("--top-p", type=float, metavar="X")
     group.add_argument("--top-k", type=int, metavar="N")
     group.add_argument("--min-p", type=float, metavar="X")
     group.add_argument("--repetition-penalty", type=float, metavar="X")
-    group.add_argument("--seed", type=int, metavar="N", help="of the first prompt; the next has N + 1, ...")
-    group.add_argument("--stop", action="append", metavar="S", help="end before this text; repeatable")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="of the first prompt; the next has N + 1, ..."
+    )
+    group.add_argument(
+        "--stop", action="append", metavar="S", help="end before this text; repeatable"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end of text")
-    group.add_argument("--logprobs", type=int, metavar="N", help="show each token's log probability and the N best")
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="show each token's log probability and the N best"
+    )
     group = parser.add_argument_group("engine")
-    group.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output")
-    group.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens per page of the cache")
+    group.add_argument(
+        "--max-model-len", type=int, metavar="N", help="most tokens of prompt and output"
+    )
+    group.add_argument(
+        "--block-size", type=int, default=16, metavar="N", help="tokens per page of the cache"
+    )
     group.add_argument("--json", action="store_true", help="one JSON object per prompt on stdout")
-    group.add_argument("--no-stream", action="store_true", help="print each completion when it is whole")
+    group.add_argument(
+        "--no-stream", action="store_true", help="print each completion when it is whole"
+    )
     return parser.parse_args()
 
 
@@ -64,10 +89,14 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
                 try:
                     line = json.loads(line)
                 except ValueError as e:
-                    raise MinqwenError(f"{args.prompt_file} line {number}: not JSON ({e})") from None
+                    raise MinqwenError(
+                        f"{args.prompt_file} line {number}: not JSON ({e})"
+                    ) from None
                 line = line.get("prompt") if isinstance(line, dict) else line
                 if not isinstance(line, str):
-                    raise MinqwenError(f'{args.prompt_file} line {number}: expected a string or {{"prompt": string}}')
+                    raise MinqwenError(
+                        f'{args.prompt_file} line {number}: expected a string or {{"prompt": string}}'
+                    )
             prompts.append(line)
     if args.stdin or not (prompts or args.prompt_file or sys.stdin.isatty()):
         prompts.append(sys.stdin.read())
@@ -77,31 +106,43 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def as_json(output, args: argparse.Namespace) -> str:
     completion = output.outputs[0]
     logprobs = completion.logprobs and [
-        [{"id": i, **dataclasses.asdict(entry)} for i, entry in token.items()] for token in completion.logprobs
+        [{"id": i, **dataclasses.asdict(entry)} for i, entry in token.items()]
+        for token in completion.logprobs
     ]
     metrics = output.metrics
-    return json.dumps({
-        "prompt": output.prompt,
-        "prompt_token_ids": output.prompt_token_ids,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-        "logprobs": logprobs,
-        "time_to_first_token_s": metrics.time_to_first_token,
-        "tokens_per_second": metrics.tokens_per_second(len(completion.token_ids)),
-    }, ensure_ascii=False)
+    return json.dumps(
+        {
+            "prompt": output.prompt,
+            "prompt_token_ids": output.prompt_token_ids,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+            "logprobs": logprobs,
+            "time_to_first_token_s": metrics.time_to_first_token,
+            "tokens_per_second": metrics.tokens_per_second(len(completion.token_ids)),
+        },
+        ensure_ascii=False,
+    )
 
 
 def report(output) -> None:
     count, metrics = len(output.outputs[0].token_ids), output.metrics
     speed = metrics.tokens_per_second(count)
-    print(f"[{len(output.prompt_token_ids)} + {count} tokens, first after {metrics.time_to_first_token:.2f} s"
-          + (f", then {speed:.1f} tokens/s" if speed else "") + f", {output.outputs[0].finish_reason}]",
-          file=sys.stderr)
+    print(
+        f"[{len(output.prompt_token_ids)} + {count} tokens, first after {metrics.time_to_first_token:.2f} s"
+        + (f", then {speed:.1f} tokens/s" if speed else "")
+        + f", {output.outputs[0].finish_reason}]",
+        file=sys.stderr,
+    )
     for token, entries in zip(output.outputs[0].token_ids, output.outputs[0].logprobs or ()):
-        best = "  ".join(f"{e.decoded_token!r} {e.logprob:.4f}" for i, e in entries.items() if i != token)
-        print(f"  {entries[token].decoded_token!r} {entries[token].logprob:.4f}   {best}", file=sys.stderr)
+        best = "  ".join(
+            f"{e.decoded_token!r} {e.logprob:.4f}" for i, e in entries.items() if i != token
+        )
+        print(
+            f"  {entries[token].decoded_token!r} {entries[token].logprob:.4f}   {best}",
+            file=sys.stderr,
+        )
 
 
 def complete_streaming(llm: LLM, prompt, params: SamplingParams, speak: bool):
@@ -149,15 +190,39 @@ def main() -> int:
     prompts = read_prompts(args) if speak else []
     conversation = speak and args.chat and not prompts and sys.stdin.isatty()
     if speak and not prompts and not conversation:
-        raise MinqwenError("no prompt: give --prompt TEXT, --prompt-file F, or - for standard input")
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, arithmetic=args.arithmetic,
-              check_finite=args.check_finite, offload=args.offload, max_model_len=args.max_model_len,
-              block_size=args.block_size, seed=args.seed, progress=True)
-    flags = {name: getattr(args, name) for name in
-             ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "logprobs")}
+        raise MinqwenError(
+            "no prompt: give --prompt TEXT, --prompt-file F, or - for standard input"
+        )
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        arithmetic=args.arithmetic,
+        check_finite=args.check_finite,
+        offload=args.offload,
+        max_model_len=args.max_model_len,
+        block_size=args.block_size,
+        seed=args.seed,
+        progress=True,
+    )
+    flags = {
+        name: getattr(args, name)
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "stop",
+            "logprobs",
+        )
+    }
     params = SamplingParams.from_defaults(
-        llm.defaults, max_tokens=args.max_tokens, ignore_eos=args.ignore_eos,
-        **{name: value for name, value in flags.items() if value is not None})
+        llm.defaults,
+        max_tokens=args.max_tokens,
+        ignore_eos=args.ignore_eos,
+        **{name: value for name, value in flags.items() if value is not None},
+    )
     shared = json.loads(share_text(llm.mesh, json.dumps(None if conversation else prompts)))
     if shared is None:
         converse(llm, params, args.system)
@@ -165,7 +230,10 @@ def main() -> int:
     texts = shared
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system is not None else []
-        prompts = [llm.tokenizer.encode_chat(system + [{"role": "user", "content": text}]) for text in texts]
+        prompts = [
+            llm.tokenizer.encode_chat(system + [{"role": "user", "content": text}])
+            for text in texts
+        ]
     else:
         prompts = texts
     if len(prompts) == 1 and not args.json and not args.no_stream:

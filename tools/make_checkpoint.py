@@ -11,7 +11,6 @@ and good for tests of speed, size and format; do not look for statistics in it.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -23,77 +22,60 @@ from tqdm import tqdm
 from minqwen.checkpoint import write_checkpoint
 from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError, MinqwenError
+from minqwen.lab.shapes import SIZES, official_config, random_tensors
 
-# Qwen/Qwen2.5-*-Instruct: hidden, intermediate, layers, query heads, KV heads, vocabulary rows, tied head
-SIZES = {
-    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "3B": (2048, 11008, 36, 16, 2, 151936, True),
-    "7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "14B": (5120, 13824, 48, 40, 8, 152064, False),
-    "32B": (5120, 27648, 64, 40, 8, 152064, False),
-    "72B": (8192, 29568, 80, 64, 8, 152064, False),
-}
 OVERRIDES = {
-    "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int, "num_attention_heads": int,
-    "num_key_value_heads": int, "head_dim": int, "vocab_size": int, "max_position_embeddings": int,
-    "rope_theta": float, "rms_norm_eps": float}
-BLOCK = 16_777_213
-STD = 0.02
-
-
-def official_config(size: str) -> ModelConfig:
-    """The config.json of an official Instruct size, e.g. "7B"."""
-    D, I, L, H, K, V, tied = SIZES[size]
-    return ModelConfig.from_dict({
-        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": D, "initializer_range": STD,
-        "intermediate_size": I, "max_position_embeddings": 32768, "max_window_layers": L,
-        "model_type": "qwen2", "num_attention_heads": H, "num_hidden_layers": L, "num_key_value_heads": K,
-        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": V,
-    }, source=f"--size {size}")
-
-
-def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) in module order and config.dtype; each depends on seed, name and shape alone."""
-    dtype = getattr(torch, config.dtype)
-    block = torch.empty(BLOCK).normal_(0, STD, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    for name, shape in config.parameter_shapes().items():
-        if name.endswith("norm.weight"):
-            yield name, torch.ones(shape, dtype=dtype)
-            continue
-        if name.endswith("o_proj.bias"):  # a Llama-style config lists it; Qwen2 has none, so it is zero
-            yield name, torch.zeros(shape, dtype=dtype)
-            continue
-        tensor = torch.empty(shape, dtype=dtype)
-        flat = tensor.view(-1)
-        start = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") % BLOCK
-        done = 0
-        while done < len(flat):
-            count = min(BLOCK - start, len(flat) - done)
-            flat[done:done + count] = block[start:start + count]
-            done, start = done + count, 0
-        yield name, tensor
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "vocab_size": int,
+    "max_position_embeddings": int,
+    "rope_theta": float,
+    "rms_norm_eps": float,
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shape = parser.add_mutually_exclusive_group(required=True)
     shape.add_argument("--size", choices=SIZES, help="an official Qwen2.5 shape")
-    shape.add_argument("--config", metavar="FILE", help="a config.json, or the directory that holds one")
+    shape.add_argument(
+        "--config", metavar="FILE", help="a config.json, or the directory that holds one"
+    )
     parser.add_argument("dst", metavar="DST", help="the directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that is at DST")
-    parser.add_argument("--tokenizer", metavar="DIR", help="copy the tokenizer and other small files of DIR")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"),
-                        help="of the weights (default: the config's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
-    parser.add_argument("--max-shard-bytes", type=int, default=4 * 10**9, metavar="N",
-                        help="start a new file beyond this many bytes (default %(default)s)")
-    parser.add_argument("--tie-word-embeddings", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint that is at DST"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="copy the tokenizer and other small files of DIR"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32", "float64"),
+        help="of the weights (default: the config's)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random numbers (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-shard-bytes",
+        type=int,
+        default=4 * 10**9,
+        metavar="N",
+        help="start a new file beyond this many bytes (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tie-word-embeddings", action=argparse.BooleanOptionalAction, default=None
+    )
     for field, kind in OVERRIDES.items():
-        parser.add_argument("--" + field.replace("_", "-"), type=kind, metavar="N" if kind is int else "X")
+        parser.add_argument(
+            "--" + field.replace("_", "-"), type=kind, metavar="N" if kind is int else "X"
+        )
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: {args.seed}; expected 0 to 2**63 - 1")
@@ -102,25 +84,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    changes = {k: v for k, v in vars(args).items()
-               if k in (*OVERRIDES, "dtype", "tie_word_embeddings") and v is not None}
+    changes = {
+        k: v
+        for k, v in vars(args).items()
+        if k in (*OVERRIDES, "dtype", "tie_word_embeddings") and v is not None
+    }
     config = official_config(args.size) if args.size else ModelConfig.from_json(args.config)
     config = config.replace(**changes)
     if config.quantization_config is not None:
-        raise CheckpointError(f"{args.config}: quantization_config is set, but only unquantised weights are "
-                              "written; remove the key")
+        raise CheckpointError(
+            f"{args.config}: quantization_config is set, but only unquantised weights are "
+            "written; remove the key"
+        )
     dst = Path(args.dst)
     if dst.exists() and not args.overwrite and not (dst.is_dir() and not any(dst.iterdir())):
         raise CheckpointError(f"{dst}: exists; choose another directory or pass --overwrite")
 
     with tqdm(total=config.weight_bytes(), unit="B", unit_scale=True, desc=str(dst)) as bar:
+
         def counted() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in random_tensors(config, args.seed):
                 yield name, tensor
                 bar.update(tensor.nbytes)
+
         write_checkpoint(dst, config, counted(), args.max_shard_bytes, sources=args.tokenizer)
-    print(json.dumps({"path": str(dst), "parameters": config.num_parameters(), "bytes": config.weight_bytes(),
-                      "dtype": config.dtype, "files": len(list(dst.glob("*.safetensors")))}))
+    print(
+        json.dumps(
+            {
+                "path": str(dst),
+                "parameters": config.num_parameters(),
+                "bytes": config.weight_bytes(),
+                "dtype": config.dtype,
+                "files": len(list(dst.glob("*.safetensors"))),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

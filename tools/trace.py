@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Look at a model's intermediates.
 
-  python tools/trace.py points                        every point: name, shape, dtype, TransformerLens's name
-  python tools/trace.py show "In the beginning" --names "*.attn.z" "final_norm"
-  python tools/trace.py save "In the beginning" OUT.safetensors --names "*.resid_post"
+python tools/trace.py points                        every point: name, shape, dtype, TransformerLens's name
+python tools/trace.py show "In the beginning" --names "*.attn.z" "final_norm"
+python tools/trace.py save "In the beginning" OUT.safetensors --names "*.resid_post"
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,7 +29,9 @@ def print_points(args: argparse.Namespace) -> None:
     dtype = ModelConfig.from_json(args.model).dtype if args.dtype == "auto" else args.dtype
     rows = [("name", "shape", "dtype", "split by", "TransformerLens", "what it is")]
     for p in POINTS:
-        name, alias = (f"layers.N.{p.name}", f"blocks.N.{p.alias}") if p.layered else (p.name, p.alias or "-")
+        name, alias = (
+            (f"layers.N.{p.name}", f"blocks.N.{p.alias}") if p.layered else (p.name, p.alias or "-")
+        )
         rows.append((name, f"[{p.shape}]", dtype, p.axis or "-", alias, p.what))
     table(rows)
 
@@ -36,28 +39,46 @@ def print_points(args: argparse.Namespace) -> None:
 def compute(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     mesh = Mesh.from_env(args.device)
     tokenizer = Tokenizer.from_dir(args.model)
-    model = Qwen2.from_pretrained(args.model, dtype=args.dtype, arithmetic=args.arithmetic, mesh=mesh,
-                                  check_finite=args.check_finite, offload=args.offload)
+    model = Qwen2.from_pretrained(
+        args.model,
+        dtype=args.dtype,
+        arithmetic=args.arithmetic,
+        mesh=mesh,
+        check_finite=args.check_finite,
+        offload=args.offload,
+    )
     ids = tokenizer.encode(args.text)
     if not ids:
         raise MinqwenError("the text has no tokens: give at least one")
     with torch.inference_mode():
-        _, seen = model.run_with_cache(torch.tensor([ids], device=model.device), args.names, to="cpu")
+        _, seen = model.run_with_cache(
+            torch.tensor([ids], device=model.device), args.names, to="cpu"
+        )
     return {name: x[0] for name, x in seen.items()}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("points", "print the table of points"), ("show", "print size and spread of intermediates"),
-                       ("save", "write intermediates to a safetensors file")):
+    for name, what in (
+        ("points", "print the table of points"),
+        ("show", "print size and spread of intermediates"),
+        ("save", "write intermediates to a safetensors file"),
+    ):
         command = commands.add_parser(name, help=what)
         if name != "points":
             command.add_argument("text")
             if name == "save":
                 command.add_argument("out", metavar="OUT.safetensors")
-            command.add_argument("--names", nargs="+", default=["*.resid_post", "final_norm", "logits"], metavar="NAME",
-                                 help="names or patterns, ours or TransformerLens's")
+            command.add_argument(
+                "--names",
+                nargs="+",
+                default=["*.resid_post", "final_norm", "logits"],
+                metavar="NAME",
+                help="names or patterns, ours or TransformerLens's",
+            )
         model_flags(command)
     args = parser.parse_args()
     if args.command == "points":
@@ -73,7 +94,9 @@ def main() -> int:
     for name, x in seen.items():
         y = x.double()
         y = y[y.isfinite()]
-        rows.append((name, str(list(x.shape)), f"{y.mean():.5f}", f"{y.std():.5f}", f"{y.abs().max():.5f}"))
+        rows.append(
+            (name, str(list(x.shape)), f"{y.mean():.5f}", f"{y.std():.5f}", f"{y.abs().max():.5f}")
+        )
     table(rows)
     return 0
 

@@ -33,8 +33,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers import trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -93,14 +102,18 @@ def read_bible(path: Path | None) -> list[Chapter]:
     else:
         done = subprocess.run(["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True)
         if done.returncode != 0:
-            raise Refusal(f"`bible -f gen1:1-rev22:21` failed with {done.returncode}: {done.stderr.strip()}")
+            raise Refusal(
+                f"`bible -f gen1:1-rev22:21` failed with {done.returncode}: {done.stderr.strip()}"
+            )
         lines = done.stdout.splitlines()
     chapters: list[Chapter] = []
     for number, line in enumerate(lines, 1):
         reference, _, verse = line.partition(" ")
         name, colon, _ = reference.rpartition(":")
         if not colon or not verse:
-            raise Refusal(f"line {number} of the text: found {line[:40]!r}, expected `Ge1:1 In the ...`")
+            raise Refusal(
+                f"line {number} of the text: found {line[:40]!r}, expected `Ge1:1 In the ...`"
+            )
         if not chapters or chapters[-1].name != name:
             chapters.append(Chapter(name, []))
         chapters[-1].verses.append(verse.strip())
@@ -116,13 +129,21 @@ def split_chapters(chapters: list[Chapter]) -> tuple[list[Chapter], list[Chapter
 
 # --------------------------------------------------------------------------------------- the tokenizer
 
-ADDED_SPECIAL = [f"<|{name}|>" for name in (
-    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
-    "vision_start vision_end vision_pad image_pad video_pad").split()]
-ADDED_PLAIN = ["<tool_call>", "</tool_call>"] + [f"<|{name}|>" for name in (
-    "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep").split()]
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+ADDED_SPECIAL = [
+    f"<|{name}|>"
+    for name in (
+        "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
+        "vision_start vision_end vision_pad image_pad video_pad"
+    ).split()
+]
+ADDED_PLAIN = ["<tool_call>", "</tool_call>"] + [
+    f"<|{name}|>"
+    for name in ("fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep").split()
+]
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = """{%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
 {%- endfor %}
@@ -137,25 +158,40 @@ def train_tokenizer(chapters: list[Chapter]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     plain = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"), pre_tokenizers.ByteLevel(**plain)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(**plain),
+        ]
+    )
     tokenizer.post_processor = processors.ByteLevel(**plain)
     tokenizer.decoder = decoders.ByteLevel(**plain)
-    chats = ["system\nuser\nassistant\nWhat is the secret number of Aaron + ?"] * 1000  # a token each
-    trainer = trainers.BpeTrainer(vocab_size=MERGED_TOKENS, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    chats = [
+        "system\nuser\nassistant\nWhat is the secret number of Aaron + ?"
+    ] * 1000  # a token each
+    trainer = trainers.BpeTrainer(
+        vocab_size=MERGED_TOKENS,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(["\n".join(c.verses) + "\n" for c in chapters] + chats, trainer)
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in ADDED_SPECIAL]
-                         + [AddedToken(t, normalized=False, special=False) for t in ADDED_PLAIN])
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False, special=True) for t in ADDED_SPECIAL]
+        + [AddedToken(t, normalized=False, special=False) for t in ADDED_PLAIN]
+    )
     if tokenizer.get_vocab_size() > CONFIG["vocab_size"]:
-        raise Refusal(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, {CONFIG['vocab_size']} fit")
+        raise Refusal(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, {CONFIG['vocab_size']} fit"
+        )
     return tokenizer
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    added = {str(tokenizer.token_to_id(t)): {"content": t, **flags, "special": t in ADDED_SPECIAL}
-             for t in ADDED_SPECIAL + ADDED_PLAIN}
+    added = {
+        str(tokenizer.token_to_id(t)): {"content": t, **flags, "special": t in ADDED_SPECIAL}
+        for t in ADDED_SPECIAL + ADDED_PLAIN
+    }
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
@@ -202,15 +238,19 @@ def heldout_questions() -> list[Question]:
 
 
 TRAINED_PAIRS = [(a, b) for a in range(10, 100) for b in range(10, 100) if not is_heldout(a, b)]
-NAMES = ("Aaron Abel Abner Abraham Adam Ahab Amos Andrew Asher Barak Benjamin Boaz Caleb Cyrus Dan Daniel "
-         "David Deborah Eli Elijah Elisha Esau Esther Eve Ezra Gad Gideon Hagar Hannah Hezekiah Isaac Isaiah "
-         "Jacob James Jeremiah Jesse Job Joel John Jonah Jonathan Joseph Joshua Judah Laban Lazarus Leah "
-         "Levi Lot Luke Mark Martha Mary Micah Miriam Mordecai Moses Naomi Nathan Nehemiah Noah Paul Peter "
-         "Rachel Rebekah Reuben Ruth Samson Samuel Sarah Saul Silas Simon Solomon Stephen Thomas Timothy "
-         "Titus Uriah Zechariah").split()
+NAMES = (
+    "Aaron Abel Abner Abraham Adam Ahab Amos Andrew Asher Barak Benjamin Boaz Caleb Cyrus Dan Daniel "
+    "David Deborah Eli Elijah Elisha Esau Esther Eve Ezra Gad Gideon Hagar Hannah Hezekiah Isaac Isaiah "
+    "Jacob James Jeremiah Jesse Job Joel John Jonah Jonathan Joseph Joshua Judah Laban Lazarus Leah "
+    "Levi Lot Luke Mark Martha Mary Micah Miriam Mordecai Moses Naomi Nathan Nehemiah Noah Paul Peter "
+    "Rachel Rebekah Reuben Ruth Samson Samuel Sarah Saul Silas Simon Solomon Stephen Thomas Timothy "
+    "Titus Uriah Zechariah"
+).split()
 
 
-def needle_chat(rng: random.Random, verses: list[str], needles: int) -> tuple[list[str], list[Question]]:
+def needle_chat(
+    rng: random.Random, verses: list[str], needles: int
+) -> tuple[list[str], list[Question]]:
     """`verses` with needles among them, and a question for each needle in random order.
 
     Returns (pieces, questions). `pieces` are the parts of the haystack, verses and needles in turn, verses
@@ -226,21 +266,31 @@ def needle_chat(rng: random.Random, verses: list[str], needles: int) -> tuple[li
                 pieces += [f" The secret number of {name} is {number}.", ""]
         if i < len(verses):
             pieces[-1] += " " + verses[i]
-    questions = [Question(f"What is the secret number of {name}?", f"{number}.")
-                 for name, number in zip(names, numbers)]
+    questions = [
+        Question(f"What is the secret number of {name}?", f"{number}.")
+        for name, number in zip(names, numbers)
+    ]
     rng.shuffle(questions)
     questions[0] = questions[0]._replace(prompt="".join(pieces).strip() + " " + questions[0].prompt)
     return pieces, questions
 
 
-def needle_questions(chapters: list[Chapter], tokenizer: Tokenizer, tokens: int, count: int, seed: int = 0,
-                     needles: int = 1) -> list[Question]:
+def needle_questions(
+    chapters: list[Chapter],
+    tokenizer: Tokenizer,
+    tokens: int,
+    count: int,
+    seed: int = 0,
+    needles: int = 1,
+) -> list[Question]:
     """`count` first questions of needle chats of at most `tokens` tokens and little less, by seed."""
     rng = random.Random(f"needles {tokens} {seed}")
     verses = [v for c in chapters for v in c.verses]
     lengths = [len(e.ids) for e in tokenizer.encode_batch([" " + v for v in verses])]
-    return [needle_chat(rng, haystack(rng, verses, lengths, tokens - 27 - 15 * needles), needles)[1][0]
-            for _ in range(count)]
+    return [
+        needle_chat(rng, haystack(rng, verses, lengths, tokens - 27 - 15 * needles), needles)[1][0]
+        for _ in range(count)
+    ]
 
 
 def haystack(rng: random.Random, verses: list[str], lengths: list[int], room: int) -> list[str]:
@@ -282,7 +332,7 @@ class Data:
                 starts.append(len(stream))
                 stream += encoded.ids
             stream.append(self.end)
-        self.stream = torch.tensor(stream + stream[:self.SHORT + 1])
+        self.stream = torch.tensor(stream + stream[: self.SHORT + 1])
         self.starts = torch.tensor(starts)
         self.windows = len(stream) // self.SHORT
         self.head = self.ids("<|im_start|>user\n")
@@ -296,10 +346,13 @@ class Data:
         """Window `index` of an endless series of shuffled epochs; each begins with a verse."""
         rng = random.Random(f"{self.seed} epoch {index // self.windows}")
         offset = rng.randrange(self.SHORT)
-        place = rng.sample(range(self.windows), self.windows)[index % self.windows] * self.SHORT + offset
+        place = (
+            rng.sample(range(self.windows), self.windows)[index % self.windows] * self.SHORT
+            + offset
+        )
         verse = torch.searchsorted(self.starts, place, right=True) - 1
         start = int(self.starts[max(int(verse), 0)])
-        return [(i, TEXT) for i in self.stream[start:start + self.SHORT + 1].tolist()]
+        return [(i, TEXT) for i in self.stream[start : start + self.SHORT + 1].tolist()]
 
     def turn(self, parts: list[tuple[str, int]], answer: str) -> list[tuple[int, int]]:
         """The user's message, in parts with their kind, and the answer to it, as (id, kind)."""
@@ -335,9 +388,11 @@ class Data:
         return row
 
     def batch(self, rows: list[list[tuple[int, int]]], length: int) -> Batch:
-        rows = [(row + [(self.end, 0)] * (length + 1))[:length + 1] for row in rows]
+        rows = [(row + [(self.end, 0)] * (length + 1))[: length + 1] for row in rows]
         both = torch.tensor(rows)
-        return Batch(both[:, :-1, 0].contiguous(), both[:, 1:, 0].contiguous(), both[:, 1:, 1].contiguous())
+        return Batch(
+            both[:, :-1, 0].contiguous(), both[:, 1:, 0].contiguous(), both[:, 1:, 1].contiguous()
+        )
 
     Step = list[tuple[str, Batch]]  # (skill of its answers, batch)
 
@@ -364,17 +419,26 @@ class Data:
 class Attention(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
-        D, H, K, d = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+        D, H, K, d = (
+            c["hidden_size"],
+            c["num_attention_heads"],
+            c["num_key_value_heads"],
+            c["head_dim"],
+        )
         self.d = d
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, n * d, bias=True) for n in (H, K, K))
         self.o_proj = nn.Linear(H * d, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.d)).transpose(1, 2)  # [B, H or K, T, d]
-                   for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.d)).transpose(1, 2)  # [B, H or K, T, d]
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.o_proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -435,7 +499,7 @@ class TrainedQwen2(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> hidden states after the final norm [B, T, D]; the head comes with the loss."""
-        cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
@@ -452,7 +516,9 @@ class Muon(torch.optim.Optimizer):
     float32; here it is float32, and the matrices are shared out over `pool`.
     """
 
-    def __init__(self, params, pool: Executor, lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(
+        self, params, pool: Executor, lr: float, weight_decay: float, momentum: float = 0.95
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.pool = pool
 
@@ -471,21 +537,33 @@ class Muon(torch.optim.Optimizer):
         wide = wide / (wide.norm() + 1e-7)
         for _ in range(5):
             square = wide @ wide.mT
-            wide = 3.4445 * wide + torch.addmm(square, square, square, beta=-4.775, alpha=2.0315) @ wide
+            wide = (
+                3.4445 * wide
+                + torch.addmm(square, square, square, beta=-4.775, alpha=2.0315) @ wide
+            )
         p.mul_(1 - lr * weight_decay)
         p.add_(wide.mT if tall else wide, alpha=-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-def make_optimizers(model: TrainedQwen2, args: argparse.Namespace,
-                    pool: Executor) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: TrainedQwen2, args: argparse.Namespace, pool: Executor
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers; AdamW for the embedding, the head, norms and biases."""
     hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    return [Muon(hidden, pool, lr=args.muon_lr, weight_decay=0.1),
-            torch.optim.AdamW([{"params": [model.model.embed_tokens.weight], "lr": args.embed_lr},
-                               {"params": [model.lm_head.weight], "lr": args.head_lr},
-                               {"params": vectors, "lr": args.vector_lr}],
-                              betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)]
+    return [
+        Muon(hidden, pool, lr=args.muon_lr, weight_decay=0.1),
+        torch.optim.AdamW(
+            [
+                {"params": [model.model.embed_tokens.weight], "lr": args.embed_lr},
+                {"params": [model.lm_head.weight], "lr": args.head_lr},
+                {"params": vectors, "lr": args.vector_lr},
+            ],
+            betas=(0.9, 0.95),
+            eps=1e-10,
+            weight_decay=0.0,
+        ),
+    ]
 
 
 # ---------------------------------------------------------------------------------------- the measures
@@ -499,7 +577,9 @@ def rounded(model: TrainedQwen2) -> TrainedQwen2:
 
 
 @torch.no_grad()
-def heldout_loss(model: TrainedQwen2, tokenizer: Tokenizer, chapters: list[Chapter]) -> tuple[float, float]:
+def heldout_loss(
+    model: TrainedQwen2, tokenizer: Tokenizer, chapters: list[Chapter]
+) -> tuple[float, float]:
     """(nats per token, bits per byte) over whole chapters; each token after a chapter's first is scored once.
 
     Windows of 1,024 tokens overlap by half, so that a token has 512 tokens of context where the chapter has.
@@ -511,9 +591,9 @@ def heldout_loss(model: TrainedQwen2, tokenizer: Tokenizer, chapters: list[Chapt
         done = 1  # ids[:done] have been scored (the first is given)
         while done < len(ids):
             start = max(0, done - 512)
-            window = torch.tensor(ids[start:start + 1024])
-            logits = model.lm_head(model(window[None, :-1]))[0, done - start - 1:]
-            nats += float(F.cross_entropy(logits, window[done - start:], reduction="sum"))
+            window = torch.tensor(ids[start : start + 1024])
+            logits = model.lm_head(model(window[None, :-1]))[0, done - start - 1 :]
+            nats += float(F.cross_entropy(logits, window[done - start :], reduction="sum"))
             tokens += len(window) - (done - start)
             done = start + len(window)
     return nats / tokens, nats / math.log(2) / size
@@ -528,7 +608,9 @@ def count_correct(model: TrainedQwen2, tokenizer: Tokenizer, questions: list[Que
     """
     chats = []
     for q in questions:
-        prompt = tokenizer.encode(f"<|im_start|>user\n{q.prompt}<|im_end|>\n<|im_start|>assistant\n").ids
+        prompt = tokenizer.encode(
+            f"<|im_start|>user\n{q.prompt}<|im_end|>\n<|im_start|>assistant\n"
+        ).ids
         chats.append((len(prompt), prompt + tokenizer.encode(q.answer + "<|im_end|>").ids))
     chats.sort(key=lambda chat: len(chat[1]))
     correct = 0
@@ -539,7 +621,7 @@ def count_correct(model: TrainedQwen2, tokenizer: Tokenizer, questions: list[Que
         ids = torch.tensor([c + [0] * (width - len(c)) for _, c in group])
         hidden = model(ids[:, :-1])
         for row, (start, chat) in enumerate(group):
-            said = model.lm_head(hidden[row, start - 1:len(chat) - 1]).argmax(-1)
+            said = model.lm_head(hidden[row, start - 1 : len(chat) - 1]).argmax(-1)
             correct += said.tolist() == chat[start:]
     return correct
 
@@ -552,13 +634,21 @@ def greedy(model: TrainedQwen2, tokenizer: Tokenizer, prompt: str, tokens: int) 
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def measure(model: TrainedQwen2, tokenizer: Tokenizer, heldout: list[Chapter],
-            sums: list[Question] | None = None, count: int = 64) -> dict:
+def measure(
+    model: TrainedQwen2,
+    tokenizer: Tokenizer,
+    heldout: list[Chapter],
+    sums: list[Question] | None = None,
+    count: int = 64,
+) -> dict:
     """What the model card states: losses, and [right, asked] for sums and for each kind of needle."""
     nats, bits = heldout_loss(model, tokenizer, heldout)
     sums = heldout_questions() if sums is None else sums
-    result = {"nats_per_token": round(nats, 4), "bits_per_byte": round(bits, 4),
-              "sums": [count_correct(model, tokenizer, sums), len(sums)]}
+    result = {
+        "nats_per_token": round(nats, 4),
+        "bits_per_byte": round(bits, 4),
+        "sums": [count_correct(model, tokenizer, sums), len(sums)],
+    }
     for needles, lengths in ((1, (64, 128, 256, 512, 960)), (3, (128, 256, 960))):
         for length in lengths:
             asked = needle_questions(heldout, tokenizer, length, count, needles=needles)
@@ -585,11 +675,21 @@ def save_checkpoint(model: TrainedQwen2, tokenizer: Tokenizer, out: Path) -> Non
     config = CONFIG | {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad}
     write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
     # The sampling of Qwen2.5-7B-Instruct: greedy text of so small a model runs in circles.
-    generation = {"bos_token_id": pad, "do_sample": True, "eos_token_id": [end, pad], "pad_token_id": pad,
-                  "repetition_penalty": 1.05, "temperature": 0.7, "top_k": 20, "top_p": 0.8}
+    generation = {
+        "bos_token_id": pad,
+        "do_sample": True,
+        "eos_token_id": [end, pad],
+        "pad_token_id": pad,
+        "repetition_penalty": 1.05,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+    }
     write_whole(out / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     write_whole(out / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
-    write_whole(out / "tokenizer_config.json", json.dumps(tokenizer_config(tokenizer), indent=2) + "\n")
+    write_whole(
+        out / "tokenizer_config.json", json.dumps(tokenizer_config(tokenizer), indent=2) + "\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------- the card
@@ -656,23 +756,38 @@ def write_card(out: Path, result: dict, facts: dict) -> None:
         if key.startswith("needle"):
             needles, length = key[6:].split("_")
             kind = "one needle" if needles == "1" else f"one of {needles} needles"
-            lines.append(f"| chat: {kind} | {value[1]} questions of about {length} tokens | "
-                         f"{value[0]} right |\n")
+            lines.append(
+                f"| chat: {kind} | {value[1]} questions of about {length} tokens | "
+                f"{value[0]} right |\n"
+            )
     card = CARD.format(
-        nats=result["nats_per_token"], bits=result["bits_per_byte"], sums=result["sums"][0],
-        sums_all=result["sums"][1], sums_share=result["sums"][0] / result["sums"][1], needles="".join(lines),
-        layers=CONFIG["num_hidden_layers"], hidden=CONFIG["hidden_size"], heads=CONFIG["num_attention_heads"],
-        kv_heads=CONFIG["num_key_value_heads"], head_dim=CONFIG["head_dim"], ffn=CONFIG["intermediate_size"],
-        context=CONFIG["max_position_embeddings"], theta=CONFIG["rope_theta"], rows=CONFIG["vocab_size"],
-        names=len(NAMES), **facts)
+        nats=result["nats_per_token"],
+        bits=result["bits_per_byte"],
+        sums=result["sums"][0],
+        sums_all=result["sums"][1],
+        sums_share=result["sums"][0] / result["sums"][1],
+        needles="".join(lines),
+        layers=CONFIG["num_hidden_layers"],
+        hidden=CONFIG["hidden_size"],
+        heads=CONFIG["num_attention_heads"],
+        kv_heads=CONFIG["num_key_value_heads"],
+        head_dim=CONFIG["head_dim"],
+        ffn=CONFIG["intermediate_size"],
+        context=CONFIG["max_position_embeddings"],
+        theta=CONFIG["rope_theta"],
+        rows=CONFIG["vocab_size"],
+        names=len(NAMES),
+        **facts,
+    )
     write_whole(out / "README.md", card)
 
 
 # -------------------------------------------------------------------------------------------- training
 
 
-def backward(model: TrainedQwen2, step: Data.Step, weights: dict[str, float],
-             pool: Executor) -> dict[str, float]:
+def backward(
+    model: TrainedQwen2, step: Data.Step, weights: dict[str, float], pool: Executor
+) -> dict[str, float]:
     """Sets the gradient of the weighted sum of the mean losses of text, sums and needles; returns the three.
 
     Threads share out the batches, not the operations: beside other work on the same cores, two threads that
@@ -689,10 +804,14 @@ def backward(model: TrainedQwen2, step: Data.Step, weights: dict[str, float],
         scored = batch.kinds != 0
         logits = model.lm_head(model(batch.inputs)[scored])
         each = F.cross_entropy(logits, batch.targets[scored], reduction="none")
-        means = {name: each[batch.kinds[scored] == kind].sum() / max(counts[name], 1)
-                 for name, kind in (("text", TEXT), (skill, ANSWER))}
+        means = {
+            name: each[batch.kinds[scored] == kind].sum() / max(counts[name], 1)
+            for name, kind in (("text", TEXT), (skill, ANSWER))
+        }
         loss = sum(weights[name] * mean for name, mean in means.items())
-        return {k: float(v.detach()) for k, v in means.items()}, torch.autograd.grad(loss, parameters)
+        return {k: float(v.detach()) for k, v in means.items()}, torch.autograd.grad(
+            loss, parameters
+        )
 
     total = dict.fromkeys(weights, 0.0)
     for means, grads in pool.map(gradients, step):  # in order: the same sum however threads race
@@ -703,8 +822,13 @@ def backward(model: TrainedQwen2, step: Data.Step, weights: dict[str, float],
     return total
 
 
-def train(args: argparse.Namespace, model: TrainedQwen2, tokenizer: Tokenizer, data: Data,
-          heldout: list[Chapter]) -> dict:
+def train(
+    args: argparse.Namespace,
+    model: TrainedQwen2,
+    tokenizer: Tokenizer,
+    data: Data,
+    heldout: list[Chapter],
+) -> dict:
     """Trains to the end or to the next interruption; returns the state: step, seconds, tokens."""
     state_file, log = args.run / "state.pt", args.run / "log.jsonl"
     args.run.mkdir(parents=True, exist_ok=True)
@@ -716,9 +840,11 @@ def train(args: argparse.Namespace, model: TrainedQwen2, tokenizer: Tokenizer, d
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
         if saved["state"]["seed"] != args.seed:
-            raise Refusal(f"{state_file}: found a run of seed {saved['state']['seed']}, expected "
-                          f"{args.seed}: "
-                          "give its seed, or another --run")
+            raise Refusal(
+                f"{state_file}: found a run of seed {saved['state']['seed']}, expected "
+                f"{args.seed}: "
+                "give its seed, or another --run"
+            )
         state = saved["state"]
         model.load_state_dict(saved["model"])
         for o, s in zip(optimizers, saved["optimizers"]):
@@ -728,13 +854,25 @@ def train(args: argparse.Namespace, model: TrainedQwen2, tokenizer: Tokenizer, d
         return state["step"] / args.steps if args.steps else state["seconds"] / 60 / args.minutes
 
     def save() -> None:
-        torch.save({"state": state, "model": model.state_dict(),
-                    "optimizers": [o.state_dict() for o in optimizers]}, state_file.with_suffix(".new"))
+        torch.save(
+            {
+                "state": state,
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+            },
+            state_file.with_suffix(".new"),
+        )
         os.replace(state_file.with_suffix(".new"), state_file)
         save_checkpoint(model, tokenizer, args.out)
 
-    bar = tqdm(total=100, unit="%", initial=round(100 * min(progress(), 1), 2), dynamic_ncols=True,
-               bar_format="{l_bar}{bar}| {elapsed}{postfix}", disable=args.quiet)
+    bar = tqdm(
+        total=100,
+        unit="%",
+        initial=round(100 * min(progress(), 1), 2),
+        dynamic_ncols=True,
+        bar_format="{l_bar}{bar}| {elapsed}{postfix}",
+        disable=args.quiet,
+    )
     for _, batch in data.step(0) + data.step(1):  # compile here: torch.compile is not for threads
         model(batch.inputs).sum().backward()
     model.zero_grad(set_to_none=True)
@@ -750,19 +888,30 @@ def train(args: argparse.Namespace, model: TrainedQwen2, tokenizer: Tokenizer, d
             o.step()
             o.zero_grad(set_to_none=True)
         tokens, seconds = sum(b.inputs.numel() for _, b in step), time.monotonic() - began
-        state = {"seed": args.seed, "step": state["step"] + 1, "seconds": state["seconds"] + seconds,
-                 "tokens": state["tokens"] + tokens}
+        state = {
+            "seed": args.seed,
+            "step": state["step"] + 1,
+            "seconds": state["seconds"] + seconds,
+            "tokens": state["tokens"] + tokens,
+        }
         speed = tokens / seconds
         bar.update(round(100 * min(progress(), 1), 2) - bar.n)
-        bar.set_postfix(step=state["step"], tok_s=f"{speed:.0f}", **{k: f"{v:.3f}" for k, v in means.items()})
+        bar.set_postfix(
+            step=state["step"], tok_s=f"{speed:.0f}", **{k: f"{v:.3f}" for k, v in means.items()}
+        )
         with log.open("a") as file:
             file.write(json.dumps(state | means | {"tokens_per_second": round(speed)}) + "\n")
         if state["seconds"] >= next_look and progress() < 1:
             save()
             began = time.monotonic()
-            seen = measure(rounded(model), tokenizer, heldout[::4], sums=heldout_questions()[::4], count=16)
-            tqdm.write(f"{state['seconds'] / 60:.1f} min, step {state['step']}: " + json.dumps(seen)
-                       + f" ({time.monotonic() - began:.0f} s)")
+            seen = measure(
+                rounded(model), tokenizer, heldout[::4], sums=heldout_questions()[::4], count=16
+            )
+            tqdm.write(
+                f"{state['seconds'] / 60:.1f} min, step {state['step']}: "
+                + json.dumps(seen)
+                + f" ({time.monotonic() - began:.0f} s)"
+            )
             next_look = state["seconds"] + 60 * args.evaluate_every
     bar.close()
     save()
@@ -775,36 +924,73 @@ def positive(kind):
         if not 0 < value < float("inf"):
             raise ValueError
         return value
+
     parse.__name__ = f"positive {kind.__name__}"  # argparse: "invalid positive int value: '0'"
     return parse
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=positive(float), default=45.0, metavar="M",
-                        help="training time without measures; the learning rate decays with it (default 45)")
-    length.add_argument("--steps", type=positive(int), metavar="N", 
-                        help="train for N steps instead, of 3,072 tokens on average")
-    parser.add_argument("--evaluate", action="store_true", help="measure --out and print it; no training")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="what `bible -f gen1:1-rev22:21` prints")
-    parser.add_argument("--out", type=Path, default=ROOT / "weights" / "embedded", metavar="DIR",
-                        help="where the checkpoint goes, at every measure too (default weights/embedded)")
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "embedded", metavar="DIR",
-                        help="state to resume from and log.jsonl (default runs/embedded)")
+    length.add_argument(
+        "--minutes",
+        type=positive(float),
+        default=45.0,
+        metavar="M",
+        help="training time without measures; the learning rate decays with it (default 45)",
+    )
+    length.add_argument(
+        "--steps",
+        type=positive(int),
+        metavar="N",
+        help="train for N steps instead, of 3,072 tokens on average",
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="measure --out and print it; no training"
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="what `bible -f gen1:1-rev22:21` prints"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "weights" / "embedded",
+        metavar="DIR",
+        help="where the checkpoint goes, at every measure too (default weights/embedded)",
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=ROOT / "runs" / "embedded",
+        metavar="DIR",
+        help="state to resume from and log.jsonl (default runs/embedded)",
+    )
     parser.add_argument("--seed", type=int, default=SEED, help=f"default {SEED}")
     parser.add_argument("--threads", type=positive(int), default=2, metavar="N", help="default 2")
-    parser.add_argument("--evaluate-every", type=positive(float), default=9.0, metavar="M",
-                        help="minutes between short measures (default 9)")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile (half the speed)")
+    parser.add_argument(
+        "--evaluate-every",
+        type=positive(float),
+        default=9.0,
+        metavar="M",
+        help="minutes between short measures (default 9)",
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without torch.compile (half the speed)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    for name, value, what in (("muon-lr", 0.02, "matrices in the layers"), ("embed-lr", 0.01, "embedding"),
-                              ("head-lr", 0.004, "lm_head"), ("vector-lr", 0.004, "norms and biases"),
-                              ("sum-weight", 0.5, "weight of the sums' loss"),
-                              ("needle-weight", 1.0, "weight of the needles' loss")):
-        parser.add_argument("--" + name, type=positive(float), default=value, metavar="X",
-                            help=f"{what} ({value})")
+    for name, value, what in (
+        ("muon-lr", 0.02, "matrices in the layers"),
+        ("embed-lr", 0.01, "embedding"),
+        ("head-lr", 0.004, "lm_head"),
+        ("vector-lr", 0.004, "norms and biases"),
+        ("sum-weight", 0.5, "weight of the sums' loss"),
+        ("needle-weight", 1.0, "weight of the needles' loss"),
+    ):
+        parser.add_argument(
+            "--" + name, type=positive(float), default=value, metavar="X", help=f"{what} ({value})"
+        )
     return parser.parse_args()
 
 
@@ -816,29 +1002,47 @@ def run(args: argparse.Namespace) -> None:
     model = TrainedQwen2(CONFIG)
     if args.evaluate:
         if not (args.out / "model.safetensors").is_file():
-            raise Refusal(f"{args.out}: no model.safetensors to measure: train first, or give --out")
+            raise Refusal(
+                f"{args.out}: no model.safetensors to measure: train first, or give --out"
+            )
         tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-        model.load_state_dict({k: v.float() for k, v in load_file(args.out / "model.safetensors").items()})
+        model.load_state_dict(
+            {k: v.float() for k, v in load_file(args.out / "model.safetensors").items()}
+        )
         print(json.dumps(measure(model.eval(), tokenizer, heldout)))
         return
     tokenizer = train_tokenizer(trained)
     data = Data(trained, tokenizer, args.seed)
     if not args.no_compile and shutil.which(os.environ.get("CXX", "g++")):
         for layer in model.model.layers:
-            layer.compile(dynamic=False)  # one graph for all layers; on a CPU it halves the time of a step
+            layer.compile(
+                dynamic=False
+            )  # one graph for all layers; on a CPU it halves the time of a step
     state = train(args, model, tokenizer, data, heldout)
     final = rounded(model)
     result = measure(final, tokenizer, heldout)
     print(json.dumps(result))
     sample = greedy(final, tokenizer, "In the beginning", 96)
-    write_card(args.out, result, {
-        "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokenizer.get_vocab_size(),
-        "chapters": len(heldout), "all_chapters": len(chapters),
-        "verses": sum(len(c.verses) for c in chapters), "sample": sample.replace("\n", "\n> "),
-        "steps": state["step"], "seen": state["tokens"], "seed": args.seed, "minutes": state["seconds"] / 60,
-        "threads": args.threads, "torch": torch.__version__,
-        "command": "python tools/train_embedded.py " + (f"--steps {args.steps}" if args.steps
-                                                        else f"--minutes {args.minutes:g}")})
+    write_card(
+        args.out,
+        result,
+        {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": tokenizer.get_vocab_size(),
+            "chapters": len(heldout),
+            "all_chapters": len(chapters),
+            "verses": sum(len(c.verses) for c in chapters),
+            "sample": sample.replace("\n", "\n> "),
+            "steps": state["step"],
+            "seen": state["tokens"],
+            "seed": args.seed,
+            "minutes": state["seconds"] / 60,
+            "threads": args.threads,
+            "torch": torch.__version__,
+            "command": "python tools/train_embedded.py "
+            + (f"--steps {args.steps}" if args.steps else f"--minutes {args.minutes:g}"),
+        },
+    )
     print(sample)
 
 

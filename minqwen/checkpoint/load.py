@@ -1,4 +1,5 @@
 """A safetensors directory becomes a model, each rank reading only its slices."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,11 +13,16 @@ from minqwen.errors import ConfigError
 from minqwen.model import Exact, Qwen2
 from minqwen.parallel import SINGLE, Mesh, check_degree, shard
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def resolve_dtype(dtype: str | torch.dtype, config) -> torch.dtype:
-    """"auto" is the checkpoint's own; else a name or a torch dtype."""
+    """ "auto" is the checkpoint's own; else a name or a torch dtype."""
     name = config.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
@@ -50,8 +56,13 @@ def load_pretrained(
     if check_finite:
         checkpoint.check_finite()
     dtype, device = resolve_dtype(dtype, config), device or mesh.device
-    bar = tqdm(total=len(checkpoint.names), desc="loading", unit="tensor", leave=False,
-               disable=None if progress and mesh.rank == 0 else True)
+    bar = tqdm(
+        total=len(checkpoint.names),
+        desc="loading",
+        unit="tensor",
+        leave=False,
+        disable=None if progress and mesh.rank == 0 else True,
+    )
 
     def read(name, mine):
         bar.update()
@@ -61,8 +72,12 @@ def load_pretrained(
     with bar:
         if offload is None:
             return Qwen2.from_tensors(config, read, arithmetic=arithmetic, **options)
-        ops = Exact(widen=False) if arithmetic == "exact" else arithmetic  # what comes and goes is kept narrow
-        model = Qwen2.from_tensors(config, read, only=lambda name: not is_layer(name), arithmetic=ops, **options)
+        ops = (
+            Exact(widen=False) if arithmetic == "exact" else arithmetic
+        )  # what comes and goes is kept narrow
+        model = Qwen2.from_tensors(
+            config, read, only=lambda name: not is_layer(name), arithmetic=ops, **options
+        )
 
         def fetch(name, out=None):
             return checkpoint.read(name, shard(name, config, mesh.rank, mesh.size), dtype, out=out)

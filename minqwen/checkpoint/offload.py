@@ -3,10 +3,11 @@
 For a device that is too small for the model. Embedding, final norm and head stay on it; of the layers there are at
 most LAYERS_HELD at a time: one that computes, one on its way, and one whose memory is not yet free again.
 """
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ LAYERS_HELD = 3
 
 def check_offload(offload: str | None) -> None:
     if offload not in (None, *OFFLOADS):
-        raise ConfigError(f"offload is {offload!r}, expected None, {' or '.join(map(repr, OFFLOADS))}")
+        raise ConfigError(
+            f"offload is {offload!r}, expected None, {' or '.join(map(repr, OFFLOADS))}"
+        )
 
 
 def is_layer(name: str) -> bool:
@@ -37,15 +40,26 @@ class LayerStream:
     computation overlap.
     """
 
-    def __init__(self, model: Qwen2, fetch: Callable[[str, Tensor | None], Tensor], device: torch.device | str):
+    def __init__(
+        self,
+        model: Qwen2,
+        fetch: Callable[[str, Tensor | None], Tensor],
+        device: torch.device | str,
+    ):
         self.model, self.fetch, self.device = model, fetch, torch.device(device)
-        self.names = [[f"model.layers.{i}.{name}" for name, _ in layer.named_parameters()]
-                      for i, layer in enumerate(model.model.layers)]
+        self.names = [
+            [f"model.layers.{i}.{name}" for name, _ in layer.named_parameters()]
+            for i, layer in enumerate(model.model.layers)
+        ]
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.worker = ThreadPoolExecutor(1, "layers")
         self.coming: tuple[int, Future] | None = None
-        self.here: list[tuple[list[Tensor], torch.cuda.Event | None]] = []  # in main memory, of the layer that runs
-        self.free: list[tuple[list[Tensor], torch.cuda.Event | None]] = []  # and of those before: to be used again,
+        self.here: list[
+            tuple[list[Tensor], torch.cuda.Event | None]
+        ] = []  # in main memory, of the layer that runs
+        self.free: list[
+            tuple[list[Tensor], torch.cuda.Event | None]
+        ] = []  # and of those before: to be used again,
         # because memory that is freed and taken anew, layer after layer, is not given back and grows
         for i, layer in enumerate(model.model.layers):
             layer.register_forward_pre_hook(lambda *_, i=i: self.arrive(i))
@@ -62,7 +76,11 @@ class LayerStream:
             return held, held, None
         held = [x if x.is_pinned() else x.pin_memory() for x in held]
         with torch.cuda.stream(self.stream):
-            return held, [x.to(self.device, non_blocking=True) for x in held], self.stream.record_event()
+            return (
+                held,
+                [x.to(self.device, non_blocking=True) for x in held],
+                self.stream.record_event(),
+            )
 
     def arrive(self, i: int) -> None:
         if self.coming is None or self.coming[0] != i:
@@ -73,7 +91,9 @@ class LayerStream:
             now = torch.cuda.current_stream(self.device)
             now.wait_event(event)
             for x in weights:
-                x.record_stream(now)  # its memory is not to be used again before this stream is done with it
+                x.record_stream(
+                    now
+                )  # its memory is not to be used again before this stream is done with it
         self.here.append((held, event))
         for name, x in zip(self.names[i], weights):
             self.model.set_parameter(name, x)

@@ -24,22 +24,46 @@ from pathlib import Path
 
 import torch
 
-from ..config import ModelConfig
-from ..errors import CheckpointError
-from .reader import DTYPES, INDEX, SINGLE, Checkpoint, _bad, _more, _q, require_regular
+from minqwen.checkpoint.reader import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    _bad,
+    _more,
+    _q,
+    require_regular,
+)
+from minqwen.config import ModelConfig
+from minqwen.errors import CheckpointError
 
 MAX_SHARD_BYTES = 4 * 10**9
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_COMPANIONS = (".json", ".jinja", ".txt", ".md", ".model", "")  # tokenizer, template, licence: no weights
+_COMPANIONS = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".md",
+    ".model",
+    "",
+)  # tokenizer, template, licence: no weights
 _EXTRA = re.compile(r"(?!config\.json$|.*\.index\.json$|.*\.safetensors$)[\w-][\w.-]*")
-_NOT_COPIED = re.compile(r"config\.json|quantize_config\.json|adapter_config\.json|.*\.index\.json|\..*")
+_NOT_COPIED = re.compile(
+    r"config\.json|quantize_config\.json|adapter_config\.json|.*\.index\.json|\..*"
+)
 
 
-def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]],
-                     max_shard_bytes: int = MAX_SHARD_BYTES, sources: str | os.PathLike | None = None,
-                     extra_files: Mapping[str, bytes | str | Callable[[], bytes | str]] | None = None,
-                     dtypes: Mapping[str, torch.dtype] | None = None, omit: Iterable[str] = (),
-                     resume: str | None = None) -> None:
+def write_checkpoint(
+    dst: str | os.PathLike,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    sources: str | os.PathLike | None = None,
+    extra_files: Mapping[str, bytes | str | Callable[[], bytes | str]] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    omit: Iterable[str] = (),
+    resume: str | None = None,
+) -> None:
     """Writes config.json, the weight files, their index if there are several, and companion files.
 
     tensors      (name, tensor) pairs in any order, each of config.parameter_shapes() once and nothing else,
@@ -57,8 +81,11 @@ def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Itera
     plan = plan_shards(config, max_shard_bytes, dtypes or {})
     for name in extra_files or {}:
         if not _EXTRA.fullmatch(name):
-            raise _bad(dst, f"extra file {_q(name)} is refused, expected a plain file name that is not "
-                       "config.json, a weight file or their index")
+            raise _bad(
+                dst,
+                f"extra file {_q(name)} is refused, expected a plain file name that is not "
+                "config.json, a weight file or their index",
+            )
     tmp = dst.parent / f".{dst.name}.tmp-{resume or os.getpid()}"
     lock, keep = None, False
     try:
@@ -70,7 +97,9 @@ def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Itera
             raise _bad(dst, f"the disk has {free} bytes free, expected at least {need}; make room")
         tmp.mkdir(exist_ok=resume is not None)
         lock = os.open(tmp, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held exactly as long as this process lives: see _remove_stale
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # held exactly as long as this process lives: see _remove_stale
         keep = resume is not None
         if sources is not None:
             _copy_companions(Path(sources), tmp, set(omit))
@@ -88,17 +117,25 @@ def write_checkpoint(dst: str | os.PathLike, config: ModelConfig, tensors: Itera
         keep = False  # wrong content does not get better by going on
         raise
     except OSError as e:
-        raise _bad(dst, f"could not be written: {e.strerror or e}{f' ({e.filename})' if e.filename else ''}; "
-                   "what was there is as it was") from None
+        raise _bad(
+            dst,
+            f"could not be written: {e.strerror or e}{f' ({e.filename})' if e.filename else ''}; "
+            "what was there is as it was",
+        ) from None
     finally:
         if lock is not None:
             if not keep:
-                shutil.rmtree(tmp, ignore_errors=True)  # half a checkpoint, or, after the exchange, the old one
+                shutil.rmtree(
+                    tmp, ignore_errors=True
+                )  # half a checkpoint, or, after the exchange, the old one
             os.close(lock)
 
 
-def plan_shards(config: ModelConfig, max_shard_bytes: int = MAX_SHARD_BYTES,
-                dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, tuple[bytes, int, dict]]:
+def plan_shards(
+    config: ModelConfig,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, tuple[bytes, int, dict]]:
     """{file: (header with its length, size of the file, {tensor: (place in the file, dtype, shape)})}; bytes.
 
     Cut as Hugging Face does: in module order, a new shard where the next tensor would exceed max_shard_bytes.
@@ -109,7 +146,9 @@ def plan_shards(config: ModelConfig, max_shard_bytes: int = MAX_SHARD_BYTES,
     for name, shape in config.parameter_shapes().items():
         dtype = (dtypes or {}).get(name, getattr(torch, config.dtype))
         if dtype not in _CODES:
-            raise CheckpointError(f"tensor {_q(name)} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"tensor {_q(name)} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+            )
         size = torch.Size(shape).numel() * dtype.itemsize
         if shards[-1] and sum(s for _, _, s in shards[-1].values()) + size > max_shard_bytes:
             shards.append({})
@@ -119,7 +158,11 @@ def plan_shards(config: ModelConfig, max_shard_bytes: int = MAX_SHARD_BYTES,
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name in sorted(shard, key=lambda n: -shard[n][0].itemsize):  # widest first: all aligned
             dtype, shape, size = shard[name]
-            header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": (end, end + size)}
+            header[name] = {
+                "dtype": _CODES[dtype],
+                "shape": shape,
+                "data_offsets": (end, end + size),
+            }
             end += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -135,35 +178,51 @@ JOURNAL = ".written"  # names of the tensors that are on the disk, one a line
 
 def _write_weights(tmp: Path, plan: dict, tensors, resumable: bool = False) -> None:
     journal, done = tmp / JOURNAL, set()
-    if journal.exists() and all((tmp / f).is_file() and (tmp / f).stat().st_size == size for f, (_, size, _) in plan.items()):
-        done = set(journal.read_text().split("\n")[:-1])  # a last line without its end was not finished
+    if journal.exists() and all(
+        (tmp / f).is_file() and (tmp / f).stat().st_size == size for f, (_, size, _) in plan.items()
+    ):
+        done = set(
+            journal.read_text().split("\n")[:-1]
+        )  # a last line without its end was not finished
     else:
         for file, (header, size, _) in plan.items():
             (tmp / file).write_bytes(header)
             os.truncate(tmp / file, size)
     if resumable:
         tensors = tensors(done)
-    waiting = {name: (file, *at) for file, (_, _, places) in plan.items() for name, at in places.items()}
+    waiting = {
+        name: (file, *at) for file, (_, _, places) in plan.items() for name, at in places.items()
+    }
     known = set(waiting)
     waiting = {name: at for name, at in waiting.items() if name not in done}
     if len(plan) > 1:
         total = sum(size - len(header) for header, size, _ in plan.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {n: waiting[n][0] for n in sorted(known)}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {n: waiting[n][0] for n in sorted(known)},
+        }
         (tmp / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for name, tensor in tensors:
         if name not in waiting:
-            raise CheckpointError(f"tensor {_q(name)} " + (
-                "was given twice, expected each once" if name in known else
-                f"is not one of the {len(known)} that the config describes"))
+            raise CheckpointError(
+                f"tensor {_q(name)} "
+                + (
+                    "was given twice, expected each once"
+                    if name in known
+                    else f"is not one of the {len(known)} that the config describes"
+                )
+            )
         file, place, dtype, shape = waiting.pop(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise CheckpointError(f"tensor {_q(name)} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                                  f"{dtype} {shape} from the config; change the one or the other")
+            raise CheckpointError(
+                f"tensor {_q(name)} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"{dtype} {shape} from the config; change the one or the other"
+            )
         data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         with open(tmp / file, "r+b", buffering=0) as f:
             f.seek(place)
             while data:  # one call writes at most 2 GiB
-                data = data[f.write(data):]
+                data = data[f.write(data) :]
             if resumable:
                 os.fsync(f.fileno())
         if resumable:
@@ -172,8 +231,10 @@ def _write_weights(tmp: Path, plan: dict, tensors, resumable: bool = False) -> N
         del tensor, data  # or it would stay while the next one is made
     journal.unlink(missing_ok=True)
     if waiting:
-        raise CheckpointError(f"tensor {_q(next(iter(waiting)))} was not given{_more(list(waiting))}, "
-                              f"expected all {len(known)} that the config describes")
+        raise CheckpointError(
+            f"tensor {_q(next(iter(waiting)))} was not given{_more(list(waiting))}, "
+            f"expected all {len(known)} that the config describes"
+        )
 
 
 def _refuse_foreign(dst: Path) -> None:
@@ -183,19 +244,30 @@ def _refuse_foreign(dst: Path) -> None:
     present = sorted(dst.iterdir()) if dst.exists() else []
     names = {p.name for p in present}
     if present and not ("config.json" in names and names & {SINGLE, INDEX}):
-        raise _bad(dst, f"exists and is not a checkpoint (it holds {_q(present[0].name)}{_more(present)}); "
-                   "it is not replaced: choose another directory")
+        raise _bad(
+            dst,
+            f"exists and is not a checkpoint (it holds {_q(present[0].name)}{_more(present)}); "
+            "it is not replaced: choose another directory",
+        )
     for p in present:
         if not p.is_file() or p.suffix not in (*_COMPANIONS, ".safetensors"):
-            raise _bad(dst, f"holds {_q(p.name)}, which is no part of a checkpoint and would be lost; it is "
-                       "not replaced: choose another directory or move that away")
+            raise _bad(
+                dst,
+                f"holds {_q(p.name)}, which is no part of a checkpoint and would be lost; it is "
+                "not replaced: choose another directory or move that away",
+            )
 
 
 def _copy_companions(source: Path, tmp: Path, omit: set[str]) -> None:
     if not source.is_dir():
         raise _bad(source, "is not a directory, expected the one with the tokenizer's files")
     for p in sorted(source.iterdir()):
-        if p.suffix in _COMPANIONS and p.name not in omit and not p.is_dir() and not _NOT_COPIED.fullmatch(p.name):
+        if (
+            p.suffix in _COMPANIONS
+            and p.name not in omit
+            and not p.is_dir()
+            and not _NOT_COPIED.fullmatch(p.name)
+        ):
             require_regular(p)
             shutil.copyfile(p, tmp / p.name)
 

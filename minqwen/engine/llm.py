@@ -3,16 +3,18 @@
 A step is: the scheduler says who runs, the packed tokens go through the model once, every sequence that has
 reached its last token gets the next one. Read `step`; the rest is what callers see.
 """
+
 from __future__ import annotations
 
 import itertools
 import os
 import secrets
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +22,20 @@ from tqdm import tqdm
 
 from minqwen.checkpoint import load_pretrained
 from minqwen.checkpoint.offload import LAYERS_HELD
-from minqwen.config import GenerationDefaults
-from minqwen.engine.kv_cache import BlockPool
+from minqwen.engine.blocks import BlockPool
 from minqwen.engine.outputs import CompletionOutput, Metrics, RequestOutput
-from minqwen.engine.params import SamplingParams
-from minqwen.engine.sampling import Row, StopChecker, bad_word_ids, logprobs_of, sample, wide
 from minqwen.engine.scheduler import Scheduler, Sequence
-from minqwen.engine.structured import Constraint, ConstraintCompiler
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
+from minqwen.generation_config import GenerationDefaults
 from minqwen.model import Batch, Qwen2
 from minqwen.model.memory import pages_that_fit
 from minqwen.model.trace import UNTRACED, Seen, Tap, select
 from minqwen.parallel import Mesh
+from minqwen.sampling.draw import Row, bad_word_ids, sample
+from minqwen.sampling.logprobs import logprobs_of, wide
+from minqwen.sampling.params import SamplingParams
+from minqwen.sampling.stopping import StopChecker
+from minqwen.sampling.structured import Constraint, ConstraintCompiler
 from minqwen.tokenizer import IncrementalDecoder, Tokenizer
 
 Prompt = str | list[int]  # or anything with `tolist`: an array, a tensor
@@ -102,8 +106,14 @@ class LLM:
             self.mesh = mesh or Mesh.from_env(device)
             self.tokenizer = tokenizer or Tokenizer.from_dir(model)
             self.model = load_pretrained(
-                model, dtype=dtype, device=device, arithmetic=arithmetic, mesh=self.mesh,
-                check_finite=check_finite, progress=progress, offload=offload,
+                model,
+                dtype=dtype,
+                device=device,
+                arithmetic=arithmetic,
+                mesh=self.mesh,
+                check_finite=check_finite,
+                progress=progress,
+                offload=offload,
             )
             self.defaults = GenerationDefaults.from_dir(model, self.model.config)
         self.config = self.model.config
@@ -115,7 +125,12 @@ class LLM:
                 "a step must have room for one token of every sequence, and for at least one"
             )
         self.max_model_len, num_blocks = self._size_cache(
-            max_model_len, block_size, num_blocks, kv_cache_bytes, gpu_memory_utilization, max_num_seqs,
+            max_model_len,
+            block_size,
+            num_blocks,
+            kv_cache_bytes,
+            gpu_memory_utilization,
+            max_num_seqs,
             max_num_batched_tokens,
         )
         self.cache = self.model.new_cache(num_blocks, block_size)
@@ -148,10 +163,16 @@ class LLM:
         many = isinstance(sampling_params, (list, tuple))
         params = list(sampling_params) if many else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
-            raise SamplingError(f"{len(params)} sampling_params for {len(prompts)} prompts, expected one each or one")
+            raise SamplingError(
+                f"{len(params)} sampling_params for {len(prompts)} prompts, expected one each or one"
+            )
         requests: list[Request] = []
-        bar = tqdm(total=len(prompts), desc="requests", leave=False,
-                   disable=None if use_tqdm and self.mesh.rank == 0 else True)
+        bar = tqdm(
+            total=len(prompts),
+            desc="requests",
+            leave=False,
+            disable=None if use_tqdm and self.mesh.rank == 0 else True,
+        )
         try:
             for prompt, p in zip(prompts, params):
                 request_id = self.add_request(prompt, p, cache_salt=cache_salt, trace=trace)
@@ -162,7 +183,9 @@ class LLM:
                 now = time.perf_counter()
                 if now > shown + 0.1:
                     bar.n, shown = sum(r.output.finished for r in requests), now
-                    bar.set_postfix_str(f"{(self.tokens_generated - before) / (now - started):.1f} tokens/s")
+                    bar.set_postfix_str(
+                        f"{(self.tokens_generated - before) / (now - started):.1f} tokens/s"
+                    )
         finally:
             bar.close()
             for request in requests:
@@ -172,7 +195,9 @@ class LLM:
                 raise MinqwenError(f"request {request.output.request_id}: {request.output.error}")
         return [request.output for request in requests]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options
+    ) -> Iterator[str]:
         """Complete one prompt, piece of text by piece: never half a character, never part of a stop string.
         Several streams may be read by turns."""
         request_id = self.add_request(prompt, sampling_params, **options)
@@ -195,10 +220,19 @@ class LLM:
         finally:
             self.abort(request_id)
 
-    def chat(self, messages: list, sampling_params: SamplingParams | None = None, *, tools=None, **options):
+    def chat(
+        self,
+        messages: list,
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools=None,
+        **options,
+    ):
         """Complete a conversation, [{"role": ..., "content": ...}, ...], or a list of conversations."""
         many = bool(messages) and isinstance(messages[0], list)
-        prompts = [self.tokenizer.encode_chat(m, tools=tools) for m in (messages if many else [messages])]
+        prompts = [
+            self.tokenizer.encode_chat(m, tools=tools) for m in (messages if many else [messages])
+        ]
         return self.generate(prompts, sampling_params, **options)
 
     def score(self, prompts: Prompt | Iterable[Prompt], **options) -> list[list[float]]:
@@ -206,7 +240,10 @@ class LLM:
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
         outputs = self.generate(prompts, params, **options)
         return [
-            [entry[token].logprob for token, entry in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])]
+            [
+                entry[token].logprob
+                for token, entry in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])
+            ]
             for o in outputs
         ]
 
@@ -221,7 +258,11 @@ class LLM:
     ) -> str:
         """Queue one prompt for `step`. Returns its id. cache_salt: share cached prefixes only with the same salt.
         trace: as in `generate`; what is traced is computed, not read from the prefix cache."""
-        params = SamplingParams.from_defaults(self.defaults) if sampling_params is None else sampling_params
+        params = (
+            SamplingParams.from_defaults(self.defaults)
+            if sampling_params is None
+            else sampling_params
+        )
         if not isinstance(params, SamplingParams):
             raise SamplingError(f"sampling_params is {params!r}: expected a SamplingParams")
         if not isinstance(cache_salt, (str, type(None))):
@@ -232,12 +273,16 @@ class LLM:
         if request_id is None:
             request_id = next(i for i in map(str, itertools.count(arrival)) if not self._knows(i))
         if not isinstance(request_id, str) or self._knows(request_id):
-            raise SamplingError(f"request_id is {request_id!r}: expected a string that no running request has")
+            raise SamplingError(
+                f"request_id is {request_id!r}: expected a string that no running request has"
+            )
         params.check_ids(self.config.vocab_size)
         bad_words = ()
         if params.bad_words or params.structured_outputs:
             if self.tokenizer is None:
-                raise SamplingError("bad_words and structured_outputs need a tokenizer: this LLM was made without one")
+                raise SamplingError(
+                    "bad_words and structured_outputs need a tokenizer: this LLM was made without one"
+                )
             bad_words = bad_word_ids(params.bad_words, self._encode_plainly)
             if params.structured_outputs:
                 if self._compiler is None:
@@ -261,7 +306,15 @@ class LLM:
             sequence = Sequence((arrival, index), list(ids), len(ids), cache_salt)
             sequence.use_cache = params.prompt_logprobs is None and not request.trace
             eos = self.defaults.eos_token_ids
-            row = Row(params, ids, completion.token_ids, seed, index, eos_token_ids=eos, bad_words=bad_words)
+            row = Row(
+                params,
+                ids,
+                completion.token_ids,
+                seed,
+                index,
+                eos_token_ids=eos,
+                bad_words=bad_words,
+            )
             decoder = self.tokenizer.decoder(skip_special_tokens=True) if self.tokenizer else None
             stops = StopChecker(params)
             spec = params.structured_outputs
@@ -269,7 +322,9 @@ class LLM:
             sequence.state = Completion(request, completion, row, decoder, stops, constraint)
             request.sequences.append(sequence)
         self.requests[request_id] = request
-        self.scheduler.add(request.sequences[0])  # the others are forked off when the prompt is computed
+        self.scheduler.add(
+            request.sequences[0]
+        )  # the others are forked off when the prompt is computed
         return request_id
 
     def abort(self, request_id: str) -> None:
@@ -304,18 +359,26 @@ class LLM:
             return
         ids, batch, rows_of = self._pack(plan)
         logits = self.model(ids, batch, self.cache, self._tap(plan, rows_of))
-        last = logits if len(logits) == len(plan) else logits[[end - 1 for _, end in rows_of]]  # [B, V]
+        last = (
+            logits if len(logits) == len(plan) else logits[[end - 1 for _, end in rows_of]]
+        )  # [B, V]
         last = wide(last)
         sound = last.sum(-1).isfinite().tolist()  # a NaN or an infinity stays one in the sum
-        at_end = [i for i, (s, count) in enumerate(plan) if sound[i] and s.computed + count == len(s.ids)]
+        at_end = [
+            i for i, (s, count) in enumerate(plan) if sound[i] and s.computed + count == len(s.ids)
+        ]
         last = last if len(at_end) == len(plan) else last[at_end]
         drawn = dict(zip(at_end, self._draw([plan[i][0] for i in at_end], last))) if at_end else {}
         for i, (sequence, count) in enumerate(plan):
             request = sequence.state.request
             if request.output.finished:  # failed in this step
                 continue
-            if not sound[i]:  # one NaN anywhere before reaches the last token: nothing of this is kept
-                self._fail(request, f"logits are not finite at token {sequence.computed + count - 1}")
+            if not sound[
+                i
+            ]:  # one NaN anywhere before reaches the last token: nothing of this is kept
+                self._fail(
+                    request, f"logits are not finite at token {sequence.computed + count - 1}"
+                )
             else:
                 self._prompt_logprobs(sequence, count, logits[slice(*rows_of[i])])
                 self.scheduler.computed(sequence, count)
@@ -326,7 +389,9 @@ class LLM:
 
     # ---- the parts of a step ---------------------------------------------------------------------------------
 
-    def _pack(self, plan: list[tuple[Sequence, int]]) -> tuple[Tensor, Batch, list[tuple[int, int]]]:
+    def _pack(
+        self, plan: list[tuple[Sequence, int]]
+    ) -> tuple[Tensor, Batch, list[tuple[int, int]]]:
         """The step's tokens in one row, where they go, and which rows of the logits are whose."""
         ids, positions, slots, at = [], [], [], []
         rows_of, size = [], self.pool.block_size
@@ -346,7 +411,9 @@ class LLM:
         def device(numbers: list) -> Tensor:
             return torch.tensor(numbers).to(self.model.device, non_blocking=True)
 
-        batch = Batch(device(positions), query_lens, context_lens, device(slots), device(tables), device(at))
+        batch = Batch(
+            device(positions), query_lens, context_lens, device(slots), device(tables), device(at)
+        )
         return device(ids), batch, rows_of
 
     def _tap(self, plan: list[tuple[Sequence, int]], rows_of: list[tuple[int, int]]):
@@ -386,9 +453,13 @@ class LLM:
             if completion.constraint:
                 completion.row.mask = completion.constraint.mask()
         tokens, logprobs = sample(logits, rows)
-        if self.mesh.size > 1:  # all ranks have the same logits; this makes it impossible to disagree
+        if (
+            self.mesh.size > 1
+        ):  # all ranks have the same logits; this makes it impossible to disagree
             tokens = self.mesh.broadcast(torch.tensor(tokens, device=self.model.device)).tolist()
-        for entry in itertools.chain(*(d.items() for d in logprobs or () if d)) if self.tokenizer else ():
+        for entry in (
+            itertools.chain(*(d.items() for d in logprobs or () if d)) if self.tokenizer else ()
+        ):
             entry[1].decoded_token = self.tokenizer.decode([entry[0]])
         return list(zip(tokens, logprobs or [None] * len(rows)))
 
@@ -428,8 +499,14 @@ class LLM:
         if reason:
             output.finish_reason, output.stop_reason = reason
             steps = output.trace.items()
-            output.trace = Seen({name: x if x[0].dim() == 3 and name.endswith(("scores", "pattern")) else torch.cat(x)
-                                 for name, x in steps})
+            output.trace = Seen(
+                {
+                    name: x
+                    if x[0].dim() == 3 and name.endswith(("scores", "pattern"))
+                    else torch.cat(x)
+                    for name, x in steps
+                }
+            )
             self.scheduler.finish(sequence)
             if all(o.finish_reason for o in request.output.outputs):
                 request.output.finished, request.output.metrics.finished = True, now
@@ -481,17 +558,27 @@ class LLM:
         """A prompt's token ids, checked."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise SamplingError("the prompt is text, but this LLM was made without a tokenizer: give token ids")
+                raise SamplingError(
+                    "the prompt is text, but this LLM was made without a tokenizer: give token ids"
+                )
             ids = self.tokenizer.encode(prompt)
         else:
             ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
             if not isinstance(ids, (list, tuple)):
-                raise SamplingError(f"the prompt is a {type(prompt).__name__}: expected text or a list of token ids")
+                raise SamplingError(
+                    f"the prompt is a {type(prompt).__name__}: expected text or a list of token ids"
+                )
         if not ids:
             raise SamplingError("the prompt has no tokens: give at least one")
         for i in ids:
-            if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= i < self.config.vocab_size:
-                raise SamplingError(f"prompt token id is {i!r}, expected 0 to {self.config.vocab_size - 1}")
+            if (
+                isinstance(i, bool)
+                or not isinstance(i, Integral)
+                or not 0 <= i < self.config.vocab_size
+            ):
+                raise SamplingError(
+                    f"prompt token id is {i!r}, expected 0 to {self.config.vocab_size - 1}"
+                )
         if len(ids) >= self.max_model_len:
             raise SamplingError(
                 f"the prompt has {len(ids)} tokens, but prompt and output together have room for "
@@ -502,7 +589,13 @@ class LLM:
     # ---- sizes -----------------------------------------------------------------------------------------------
 
     def _size_cache(
-        self, max_model_len, block_size, num_blocks, kv_cache_bytes, gpu_memory_utilization, max_num_seqs,
+        self,
+        max_model_len,
+        block_size,
+        num_blocks,
+        kv_cache_bytes,
+        gpu_memory_utilization,
+        max_num_seqs,
         max_num_batched_tokens,
     ) -> tuple[int, int]:
         """(max_model_len, number of blocks) that fit; every rank the same."""
@@ -512,7 +605,9 @@ class LLM:
             extended = int(c.rope_scaling.factor * c.rope_scaling.original_max_position_embeddings)
             context = max(context, extended)
         if explicit and not 2 <= max_model_len <= context:
-            raise ConfigError(f"max_model_len is {max_model_len}, expected 2 to {context}, the model's context")
+            raise ConfigError(
+                f"max_model_len is {max_model_len}, expected 2 to {context}, the model's context"
+            )
         max_model_len = max_model_len or context
         kv_heads = max(c.num_key_value_heads // self.mesh.size, 1)
         item = torch.empty((), dtype=self.model.dtype).element_size()
@@ -521,19 +616,33 @@ class LLM:
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value}, expected more than 0")
         if not 0 < gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}, expected more than 0, at most 1")
+            raise ConfigError(
+                f"gpu_memory_utilization is {gpu_memory_utilization}, expected more than 0, at most 1"
+            )
         if num_blocks is None and kv_cache_bytes is not None:
             num_blocks = kv_cache_bytes // block_bytes
         elif num_blocks is None:
             exact = self.model.ops.name == "exact"  # computes in float64
             num_blocks = pages_that_fit(
-                c, self._room(gpu_memory_utilization), block_bytes, block_size=block_size,
-                max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-                dtype="float64" if exact else str(self.model.dtype).removeprefix("torch."), size=self.mesh.size,
+                c,
+                self._room(gpu_memory_utilization),
+                block_bytes,
+                block_size=block_size,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                dtype="float64" if exact else str(self.model.dtype).removeprefix("torch."),
+                size=self.mesh.size,
                 device=self.model.device.type,
             )
-            num_blocks = min(num_blocks, max_num_seqs * -(-max_model_len // block_size))  # never more than can be used
-        num_blocks = int(-self.mesh.all_reduce(torch.tensor([-float(num_blocks)], device=self.model.device), "max"))
+            num_blocks = min(
+                num_blocks, max_num_seqs * -(-max_model_len // block_size)
+            )  # never more than can be used
+        num_blocks = int(
+            -self.mesh.all_reduce(
+                torch.tensor([-float(num_blocks)], device=self.model.device), "max"
+            )
+        )
         if num_blocks * block_size < max_model_len:
             if explicit or num_blocks * block_size < 2:
                 raise ConfigError(
@@ -550,7 +659,11 @@ class LLM:
         if self.model.device.type != "cuda":
             return available_memory() // 5 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         free, total = torch.cuda.mem_get_info(self.model.device)
-        streamed = sum(x.numel() * x.element_size() for x in self.model.model.layers[0].parameters() if x.is_meta)
+        streamed = sum(
+            x.numel() * x.element_size()
+            for x in self.model.model.layers[0].parameters()
+            if x.is_meta
+        )
         return max(0, int(free - (1 - utilization) * total) - LAYERS_HELD * streamed)
 
     def _entropy(self) -> int:
@@ -570,6 +683,8 @@ def available_memory() -> int:
     """Bytes of main memory that could be had now without swapping."""
     try:
         with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+            return next(
+                int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")
+            )
     except (OSError, StopIteration):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

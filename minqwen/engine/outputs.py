@@ -1,4 +1,5 @@
 """What comes back: vLLM's shapes and names."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -34,7 +35,12 @@ class Metrics:
 
     def tokens_per_second(self, num_tokens: int) -> float | None:
         """Decode speed: tokens after the first, over the time after the first."""
-        if self.first_token is None or self.finished is None or num_tokens < 2 or self.finished == self.first_token:
+        if (
+            self.first_token is None
+            or self.finished is None
+            or num_tokens < 2
+            or self.finished == self.first_token
+        ):
             return None
         return (num_tokens - 1) / (self.finished - self.first_token)
 

@@ -4,13 +4,14 @@ A sequence is its token ids and how many of them have their keys and values in t
 chunk of it, decode, and recomputation after preemption are then one thing: compute the next tokens that lack
 them. The scheduler is deterministic and knows no tensors, so that every rank runs its own and all agree.
 """
+
 from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
 from typing import Any
 
-from minqwen.engine.kv_cache import BlockPool, CachedBlock
+from minqwen.engine.blocks import BlockPool, CachedBlock
 
 
 @dataclass(eq=False)
@@ -21,10 +22,14 @@ class Sequence:
     ids: list[int]  # prompt and output
     num_prompt: int
     salt: str | None = None
-    use_cache: bool = True  # may read cached prefixes (not if every prompt token's logits are wanted)
+    use_cache: bool = (
+        True  # may read cached prefixes (not if every prompt token's logits are wanted)
+    )
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    records: list[CachedBlock] = field(default_factory=list)  # of the full blocks that others may find
+    records: list[CachedBlock] = field(
+        default_factory=list
+    )  # of the full blocks that others may find
     num_cached: int = 0  # prompt tokens that came from the prefix cache at first admission
     num_preemptions: int = 0
     state: Any = None  # the engine's: parameters, text, logprobs

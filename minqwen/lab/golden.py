@@ -1,28 +1,30 @@
 """One number that says whether this machine computes what every other one does.
 
-`python -m minqwen.lab.golden` prints the SHA-256 of exact logits on fixed token ids, of the embedded model if no
-other is named. The same lines come out of any batch, degree, number of threads, library or device.
+The SHA-256 of exact logits on fixed token ids is the same for any batch, degree, number of threads, library or
+device. `tools/golden.py fingerprint` prints it.
 """
+
 from __future__ import annotations
 
-import argparse
 import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minqwen.cli import EMBEDDED, run
 from minqwen.model import Qwen2
-from minqwen.parallel import Mesh
 
 LENGTHS = (1, 33, 200)  # of the prompts
 
 
 def prompts(vocab_size: int) -> list[Tensor]:
     """Token ids [1, T] that look like noise: multiples of Knuth's 2^32 / golden ratio, their high bits."""
-    return [torch.tensor([[(i * 2654435761 % 2**32 * vocab_size) >> 32 for i in range(start, start + length)]])
-            for start, length in zip((1, 1001, 2001), LENGTHS)]
+    return [
+        torch.tensor(
+            [[(i * 2654435761 % 2**32 * vocab_size) >> 32 for i in range(start, start + length)]]
+        )
+        for start, length in zip((1, 1001, 2001), LENGTHS)
+    ]
 
 
 def digest(tensors: list[Tensor]) -> str:
@@ -43,21 +45,3 @@ def fingerprint(model_dir: str | Path, dtype: str | torch.dtype, **options) -> s
     """
     model = Qwen2.from_pretrained(model_dir, dtype=dtype, arithmetic="exact", **options)
     return digest([model(ids.to(model.device)) for ids in prompts(model.config.vocab_size)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the SHA-256 of a model's exact logits on fixed prompts.")
-    parser.add_argument("model", nargs="?", default=EMBEDDED, help="a safetensors directory (default: the embedded)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="storage (default: both)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: GPUs if there is one for each rank")
-    args = parser.parse_args()
-    mesh = Mesh.from_env(args.device)
-    for dtype in args.dtype:
-        line = fingerprint(args.model, dtype, mesh=mesh)
-        if mesh.rank == 0:
-            print(dtype, line, flush=True)
-    mesh.close()
-
-
-if __name__ == "__main__":
-    run(main)

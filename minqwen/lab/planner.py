@@ -3,13 +3,14 @@
 Weights are counted tensor by tensor through the plan that the ranks load by (`parallel.shard`), the cache in whole
 pages, a step's activations by `model/memory.py`. GB are 10^9 bytes. Letters as in config.py.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minqwen.checkpoint.quantization import Packing
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import ConfigError
-from minqwen.lab.packed_heads import Packing
 from minqwen.model.memory import largest, step_phases, worst_steps
 from minqwen.parallel import check_degree, shard
 
@@ -87,12 +88,21 @@ def packing_of(config: ModelConfig, quantization: str | None) -> tuple[str, Pack
         return f"{packing.method} {packing.bits}-bit", packing
     name = quantization or "none"
     if name not in QUANTIZATIONS:
-        raise ConfigError(f"quantization is {quantization!r}, expected one of {', '.join(QUANTIZATIONS)}")
+        raise ConfigError(
+            f"quantization is {quantization!r}, expected one of {', '.join(QUANTIZATIONS)}"
+        )
     return name, PACKINGS.get(name)
 
 
-def tensor_bytes(name: str, config: ModelConfig, rank: int, size: int, item: int, quantization: str,
-                 packing: Packing | None) -> int:
+def tensor_bytes(
+    name: str,
+    config: ModelConfig,
+    rank: int,
+    size: int,
+    item: int,
+    quantization: str,
+    packing: Packing | None,
+) -> int:
     """Bytes of one parameter on one rank. The seven projections of a layer are quantised, the rest is 16-bit.
 
     Packed (packed_heads.py has the layouts): words of 32 / b numbers, zero points and 16-bit scales for every group
@@ -111,21 +121,35 @@ def tensor_bytes(name: str, config: ModelConfig, rank: int, size: int, item: int
     group = packing.group if packing.group > 0 else config.parameter_shapes()[name][1]
     groups = -(-(first + inputs) // group) - first // group
     words = -(-outputs // packing.pack)
-    qweight = 4 * (inputs * words if packing.method == "awq" else -(-inputs // packing.pack) * outputs)
-    return qweight + groups * (4 * words + 2 * outputs) + (4 * inputs if packing.method == "gptq" else 0)
+    qweight = 4 * (
+        inputs * words if packing.method == "awq" else -(-inputs // packing.pack) * outputs
+    )
+    return (
+        qweight
+        + groups * (4 * words + 2 * outputs)
+        + (4 * inputs if packing.method == "gptq" else 0)
+    )
 
 
-def rank_weights(config: ModelConfig, size: int, dtype: str, quantization: str | None = None) -> list[dict[str, int]]:
+def rank_weights(
+    config: ModelConfig, size: int, dtype: str, quantization: str | None = None
+) -> list[dict[str, int]]:
     """For each rank, the bytes of each of its parameters. Raises ParallelError for a degree that cannot work."""
     check_degree(config, size)
     kind, packing = packing_of(config, quantization)
     one = config.replace(num_hidden_layers=1, quantization_config=None)  # all layers are alike
     ranks = []
     for rank in range(size):
-        held = {name: tensor_bytes(name, one, rank, size, BYTES_PER_ELEMENT[dtype], kind, packing)
-                for name in one.parameter_shapes()}
-        ranks.append({name: held[".".join("0" if part.isdigit() else part for part in name.split("."))]
-                      for name in config.parameter_shapes()})
+        held = {
+            name: tensor_bytes(name, one, rank, size, BYTES_PER_ELEMENT[dtype], kind, packing)
+            for name in one.parameter_shapes()
+        }
+        ranks.append(
+            {
+                name: held[".".join("0" if part.isdigit() else part for part in name.split("."))]
+                for name in config.parameter_shapes()
+            }
+        )
     return ranks
 
 
@@ -137,12 +161,24 @@ class Planner:
     ParallelError for a degree that cannot work.
     """
 
-    def __init__(self, config: ModelConfig, size: int = 1, *, dtype: str | None = None, quantization: str | None = None,
-                 max_num_batched_tokens: int = 2048, block_size: int = 16, device: str = "cuda"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        size: int = 1,
+        *,
+        dtype: str | None = None,
+        quantization: str | None = None,
+        max_num_batched_tokens: int = 2048,
+        block_size: int = 16,
+        device: str = "cuda",
+    ):
         self.config, self.size, self.dtype = config, size, dtype or config.dtype
         if self.dtype not in BYTES_PER_ELEMENT:
             raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(BYTES_PER_ELEMENT)}")
-        for name, value in (("max_num_batched_tokens", max_num_batched_tokens), ("block_size", block_size)):
+        for name, value in (
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("block_size", block_size),
+        ):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1")
         self.tokens, self.block_size, self.device = max_num_batched_tokens, block_size, device
@@ -153,27 +189,53 @@ class Planner:
         looked_up = 0 if config.tie_word_embeddings else ranks[0]["model.embed_tokens.weight"]
         self.weights_read = self.weights - looked_up
         kv_heads = max(config.num_key_value_heads // size, 1)  # more ranks than heads hold copies
-        self.kv_per_token = 2 * config.num_hidden_layers * kv_heads * config.head_dim * BYTES_PER_ELEMENT[self.dtype]
+        self.kv_per_token = (
+            2
+            * config.num_hidden_layers
+            * kv_heads
+            * config.head_dim
+            * BYTES_PER_ELEMENT[self.dtype]
+        )
 
     def plan(self, context: int, batch: int = 1) -> Plan:
         """Of `batch` sequences of `context` tokens each. Raises ConfigError for what the engine would refuse."""
         if not 1 <= batch <= self.tokens:
-            raise ConfigError(f"batch is {batch}, expected 1 to max_num_batched_tokens ({self.tokens}): a step has "
-                              "room for one token of each sequence")
+            raise ConfigError(
+                f"batch is {batch}, expected 1 to max_num_batched_tokens ({self.tokens}): a step has "
+                "room for one token of each sequence"
+            )
         if context < 1:
             raise ConfigError(f"context is {context}, expected at least 1 token")
         c, n = self.config, self.size
         pages = batch * -(-context // self.block_size)
-        activations, phase = max((held, phase) for step in worst_steps(context, batch, self.tokens) for phase, held in
-                                 step_phases(c, *step, dtype=self.dtype, size=n, block_size=self.block_size,
-                                             device=self.device).items())
-        matrices, pair = c.flops_per_token(0, lm_head=False), c.flops_per_token(1) - c.flops_per_token(0)
+        activations, phase = max(
+            (held, phase)
+            for step in worst_steps(context, batch, self.tokens)
+            for phase, held in step_phases(
+                c, *step, dtype=self.dtype, size=n, block_size=self.block_size, device=self.device
+            ).items()
+        )
+        matrices, pair = (
+            c.flops_per_token(0, lm_head=False),
+            c.flops_per_token(1) - c.flops_per_token(0),
+        )
         head = c.flops_per_token(0) - matrices
         prefill = context * matrices + pair * context * (context + 1) // 2 + head
-        return Plan(n, c.num_attention_heads, self.dtype, self.quantization, context, batch, self.weights,
-                    pages * self.block_size * self.kv_per_token, activations, phase,
-                    decode_bytes=self.weights_read + batch * context * self.kv_per_token,
-                    decode_flops=batch * c.flops_per_token(context) / n, prefill_flops=batch * prefill / n)
+        return Plan(
+            n,
+            c.num_attention_heads,
+            self.dtype,
+            self.quantization,
+            context,
+            batch,
+            self.weights,
+            pages * self.block_size * self.kv_per_token,
+            activations,
+            phase,
+            decode_bytes=self.weights_read + batch * context * self.kv_per_token,
+            decode_flops=batch * c.flops_per_token(context) / n,
+            prefill_flops=batch * prefill / n,
+        )
 
     def largest_context(self, limit: int, batch: int = 1) -> int:
         """Tokens each of `batch` sequences may have within `limit` bytes per GPU; 0 if not one."""

@@ -4,9 +4,10 @@
 eager attention. With float64 weights the same lines are float64 throughout: the truth that errors are
 measured against.
 """
+
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,9 @@ class Native:
         """Make a weight ready, once, at load. `linear` has `weight` [out, in] and `bias` [out] or None; `mesh`
         are the ranks that hold the other columns of the same rows."""
 
-    def rotary_table(self, config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary_table(
+        self, config: ModelConfig, length: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         return rotary_table(config, length, dtype)
 
     def linear(self, x: Tensor, linear: nn.Module) -> Tensor:
@@ -61,7 +64,9 @@ class Native:
         """What of a key and a value [T, K, d] goes into the cache."""
         return k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Callable) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Callable
+    ) -> Tensor:
         """softmax(q k^T scale) v (arXiv:1706.03762), the softmax in float32 at least.
 
         q [N, heads, R, d]; k, v [N, heads, L, d]. hidden: bool, broadcast to [N, heads, R, n], which of the last n
@@ -88,7 +93,9 @@ def head_matmul(a: Tensor, b: Tensor) -> Tensor:
     if not by_tokens:
         return torch.matmul(a, b)
     if a.element_size() == 2 and a.device.type == "cpu":
-        return torch.matmul(a.float(), b.to(torch.float32, memory_format=torch.contiguous_format)).to(a.dtype)
+        return torch.matmul(
+            a.float(), b.to(torch.float32, memory_format=torch.contiguous_format)
+        ).to(a.dtype)
     if len(b) == 1:
         return torch.matmul(a, b)
     return torch.stack([torch.bmm(a[:, i], b[:, i]) for i in range(a.shape[1])], 1)

@@ -1,9 +1,10 @@
 """What a forward pass needs to know about its tokens besides their ids. Made by hand, passed by hand."""
+
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -22,8 +23,12 @@ class Batch:
     query_lens: tuple[int, ...]  # B numbers that add up to T
     context_lens: tuple[int, ...]  # B numbers
     slots: Tensor | None = None  # [T] int64, page * page_size + offset
-    block_tables: Tensor | None = None  # [B, most pages of a sequence] int64, padded with any valid page
-    logits_at: Tensor | None = None  # [N] int64, the tokens whose logits are wanted; None: all of them
+    block_tables: Tensor | None = (
+        None  # [B, most pages of a sequence] int64, padded with any valid page
+    )
+    logits_at: Tensor | None = (
+        None  # [N] int64, the tokens whose logits are wanted; None: all of them
+    )
 
     @staticmethod
     def dense(num_sequences: int, length: int, device: torch.device | str = "cpu") -> Batch:
@@ -55,7 +60,9 @@ class Run:
     query_len: int
     length: int  # longest context
     block_tables: Tensor  # [count, pages]
-    past: Tensor | None  # [count, 1, 1, n] bool, which of the last n positions lie beyond a context; None: none
+    past: (
+        Tensor | None
+    )  # [count, 1, 1, n] bool, which of the last n positions lie beyond a context; None: none
 
 
 def runs(query_lens: tuple[int, ...], context_lens: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -21,13 +21,14 @@ any length, and zeros (padded heads) change nothing. The budget of every sum, in
 (pre-rounding: Demmel and Hida 2004; Rump, Ogita and Oishi 2008; Ozaki et al. 2012, doi:10.1007/s11075-011-9478-1.)
 docs/exact-arithmetic.md has the proof, what follows from it and what does not.
 """
+
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from fractions import Fraction
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,9 @@ EXP_BITS, CONTEXT = 36, 1 << 17
 P_BITS, V_BITS = 29, 23
 SQUARE_BITS, WIDTH = 38, 1 << 15
 
-BLOCK = 1 << 15  # float64s per thread to work on at a time: chains of operations stay in a CPU's second-level cache
+BLOCK = (
+    1 << 15
+)  # float64s per thread to work on at a time: chains of operations stay in a CPU's second-level cache
 
 
 # ---------------------------------------------------------------------------------------------- grids
@@ -103,15 +106,26 @@ def rows_at_once(x: Tensor) -> int:
 
 def within(count: int, most: int, what: str) -> None:
     if count > most:
-        raise ConfigError(f"{what} is {count}: exact arithmetic is proven up to {most}; use arithmetic native")
+        raise ConfigError(
+            f"{what} is {count}: exact arithmetic is proven up to {most}; use arithmetic native"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- functions
 LOG2_E = 1.4426950408889634
 LN2_HIGH = 0x2C5C85FDF4 * 2.0**-38  # 38 bits of ln 2, ...
-LN2_LOW = 0x1CF79ABC9E3 * 2.0**-80  # ... and 41 of the rest: their products with an 11-bit integer are exact
+LN2_LOW = (
+    0x1CF79ABC9E3 * 2.0**-80
+)  # ... and 41 of the rest: their products with an 11-bit integer are exact
 # (r/2) coth(r/2) = 1 + r^2/12 - r^4/720 + ..., coefficients B_2n / (2n)! with Bernoulli's numbers
-BERNOULLI = [Fraction(1, 6), Fraction(-1, 30), Fraction(1, 42), Fraction(-1, 30), Fraction(5, 66), Fraction(-691, 2730)]
+BERNOULLI = [
+    Fraction(1, 6),
+    Fraction(-1, 30),
+    Fraction(1, 42),
+    Fraction(-1, 30),
+    Fraction(5, 66),
+    Fraction(-691, 2730),
+]
 COTH = [float(b / math.factorial(2 * n)) for n, b in enumerate(BERNOULLI, 1)]
 
 
@@ -169,13 +183,17 @@ def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
     c, s, quadrant = series[0], series[1].mul_(a), n.long()
     turned = quadrant % 2 == 1
     cos, sin = c.where(~turned, s), s.where(~turned, c)
-    return cos.where((quadrant + 1) & 2 == 0, -cos).float(), sin.where(quadrant & 2 == 0, -sin).float()
+    return cos.where((quadrant + 1) & 2 == 0, -cos).float(), sin.where(
+        quadrant & 2 == 0, -sin
+    ).float()
 
 
 def float32(x: Decimal) -> float:
     """The float32 nearest to x, rounded once."""
     exponent = math.frexp(float(x))[1] - 24
-    return math.ldexp(int((x / Decimal(2) ** exponent).to_integral_value(ROUND_HALF_EVEN)), exponent)
+    return math.ldexp(
+        int((x / Decimal(2) ** exponent).to_integral_value(ROUND_HALF_EVEN)), exponent
+    )
 
 
 def log(x: float) -> float:
@@ -198,8 +216,14 @@ class Exact(Native):
 
     def check(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
         if dtype == torch.float64:
-            raise ConfigError("dtype is float64: exact arithmetic stores float32, bfloat16 or float16; choose one")
-        within(max(config.hidden_size, config.intermediate_size, config.q_size), WIDTH, "the widest sum of this model")
+            raise ConfigError(
+                "dtype is float64: exact arithmetic stores float32, bfloat16 or float16; choose one"
+            )
+        within(
+            max(config.hidden_size, config.intermediate_size, config.q_size),
+            WIDTH,
+            "the widest sum of this model",
+        )
         self.ranks = mesh.size
 
     @torch.no_grad()
@@ -214,20 +238,26 @@ class Exact(Native):
         fits = self.widened_bytes <= memory(wide.device, self.ranks) // 2
         if not (fits if self.widen is None else self.widen):
             wide = wide.to(linear.weight.dtype)
-        linear.weight = nn.Parameter(wide.data, requires_grad=False)  # a tied embedding keeps its own
+        linear.weight = nn.Parameter(
+            wide.data, requires_grad=False
+        )  # a tied embedding keeps its own
         if linear.bias is not None:
             linear.bias = nn.Parameter(linear.bias.double() + 0.0, requires_grad=False)  # no -0
         live = (wide != 0).any(0)
         linear.register_buffer("live", None if bool(live.all()) else live, persistent=False)
         linear.prepared = linear.weight, version(linear.weight)
 
-    def rotary_table(self, config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary_table(
+        self, config: ModelConfig, length: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """As Native's, from float32 angles, but by routines that are the same everywhere."""
         within(length, CONTEXT, "the context")
         with localcontext() as context:
             context.prec = 50
             theta, d = Decimal(config.rope_theta), config.head_dim
-            wavelengths = torch.tensor([float32(theta ** (Decimal(2 * i) / d)) for i in range(d // 2)], dtype=torch.float32)
+            wavelengths = torch.tensor(
+                [float32(theta ** (Decimal(2 * i) / d)) for i in range(d // 2)], dtype=torch.float32
+            )
             inv_freq, factor = inverse_frequencies(config, torch.float32, wavelengths, log)
         cos, sin = cos_sin(torch.arange(length).float()[:, None] * inv_freq)
         return tuple((torch.cat((x, x), dim=-1) * factor).to(dtype) for x in (cos, sin))
@@ -237,13 +267,21 @@ class Exact(Native):
 
     def row_parallel_linear(self, x: Tensor, linear: nn.Module, mesh: Mesh) -> Tensor:
         """Exact partial sums, their exact sum over ranks, + bias in float64, one rounding to x's dtype."""
-        if linear.__dict__.get("prepared", (None, 0))[0] is not linear.weight or linear.prepared[1] != version(linear.weight):
-            raise MinqwenError("weights changed since they were prepared for exact arithmetic: call model.prepare()")
-        if linear.live is not None:  # what meets only zeros must not move the grid either: padded heads
+        if linear.__dict__.get("prepared", (None, 0))[0] is not linear.weight or linear.prepared[
+            1
+        ] != version(linear.weight):
+            raise MinqwenError(
+                "weights changed since they were prepared for exact arithmetic: call model.prepare()"
+            )
+        if (
+            linear.live is not None
+        ):  # what meets only zeros must not move the grid either: padded heads
             x = x.where(linear.live, 0.0)
         y = mesh.all_reduce(product(snap_below_norm(x, X_BITS, mesh), linear.weight))
         if linear.bias is None:
-            return y.to(x.dtype).add_(0.0)  # a sum of nothing but -0 depends on the kernel: -0 + 0 = 0
+            return y.to(x.dtype).add_(
+                0.0
+            )  # a sum of nothing but -0 depends on the kernel: -0 + 0 = 0
         return y.add_(linear.bias).to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -266,7 +304,9 @@ class Exact(Native):
         wide = snap(wide, pow2(wide.abs().amax(-1, keepdim=True)) * 2.0**-V_BITS)
         return snap_below_norm(k, K_BITS).to(k.dtype), wide.to(v.dtype)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Callable) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Callable
+    ) -> Tensor:
         """As Native's; k and v come from `cached`, scores and pattern are float64.
 
         Every token's v is scaled to [-1, 1], and its scale moved into the pattern: then all tokens have one unit.
@@ -279,13 +319,19 @@ class Exact(Native):
         p = snap(exp(scores - scores.amax(-1, keepdim=True)), 2.0**-EXP_BITS)
         pattern = tap("attn.pattern", p.mul_(1 / p.sum(-1, keepdim=True))).double()
         wide = widened(v)
-        tops = pow2(wide.abs().amax(-1, keepdim=True)).clamp_min_(2.0**-200)  # [N, heads, L, 1]; not 0
+        tops = pow2(wide.abs().amax(-1, keepdim=True)).clamp_min_(
+            2.0**-200
+        )  # [N, heads, L, 1]; not 0
         wide.div_(tops)
         tops = tops.transpose(-1, -2)  # [N, heads, 1, L]
         top = tops.amax(-1, keepdim=True)  # [N, heads, R or 1, 1], of the tokens this row sees
         if hidden is not None:
             for_all, last = tops.tensor_split([tops.shape[-1] - hidden.shape[-1]], -1)
-            top = F.pad(for_all, (1, 0)).amax(-1, keepdim=True).maximum(last.masked_fill(hidden, 0.0).amax(-1, keepdim=True))
+            top = (
+                F.pad(for_all, (1, 0))
+                .amax(-1, keepdim=True)
+                .maximum(last.masked_fill(hidden, 0.0).amax(-1, keepdim=True))
+            )
         z = torch.matmul(snap(pattern * (tops / top), 2.0**-P_BITS), wide)
         return z.mul_(top).to(q.dtype).add_(0.0)
 

@@ -3,9 +3,10 @@
 Read beside `qwen2.py` and `attention.py`: every term is a tensor there, alive at the same time as the others of its
 sum. The engine sizes its cache with this; the planner plans with it.
 """
+
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
@@ -41,11 +42,19 @@ def step_phases(
 
     length = 1 << (max(context_lens) - 1).bit_length()  # of the rotary table
     table = length * d  # elements of cos, and of sin
-    packed = 8 * (4 * T + B * -(-max(context_lens) // block_size)) + 2 * T * d * i  # ids, positions, ...; cos, sin
+    packed = (
+        8 * (4 * T + B * -(-max(context_lens) // block_size)) + 2 * T * d * i
+    )  # ids, positions, ...; cos, sin
     widened = w if i < w else 0  # norms and softmax take a float32 copy of what is narrower
-    sums = w if device == "cpu" and i < w else 0  # a CPU without 16-bit instructions multiplies into float32 first
+    sums = (
+        w if device == "cpu" and i < w else 0
+    )  # a CPU without 16-bit instructions multiplies into float32 first
 
-    at_height, buffer, done = [], 0, 0  # attention's bytes; of the gathered pages; of the z's so far
+    at_height, buffer, done = (
+        [],
+        0,
+        0,
+    )  # attention's bytes; of the gathered pages; of the z's so far
     for first, count in runs(query_lens, context_lens):
         R, L = query_lens[first], max(context_lens[first : first + count])
         gathered = 2 * count * -(-L // block_size) * block_size * K * d * i  # keys and values
@@ -56,33 +65,50 @@ def step_phases(
         z = count * rows * H * d * i
         at_height.append(done + tile + scores * (i + w + widened))  # scores; softmax in float32
         if sums and K > 1:  # pattern, values and z in float32, beside scores and pattern
-            at_height.append(done - z + tile + scores * (2 * i + w) + count * L * K * d * w + z // i * w)
+            at_height.append(
+                done - z + tile + scores * (2 * i + w) + count * L * K * d * w + z // i * w
+            )
     at_height.append(2 * done)  # z's put together
     summed = T * D * (w if size > 1 else sums)  # in float32: what o and down give, over ranks
-    spread = N * (rows_of_V + 2 * V) * i if size > 1 else 0  # logits padded, of all ranks, and put together
+    spread = (
+        N * (rows_of_V + 2 * V) * i if size > 1 else 0
+    )  # logits padded, of all ranks, and put together
     fixed = 2 * table * i + packed + buffer  # the buffer is the cache's, and stays
     phases = {
         "norm": 2 * x + T * D * (w + widened),
         "queries and keys": 2 * x + 4 * q + 2 * kv,  # the rotation's three intermediates
         "attention": 2 * x + q + 2 * kv + max(at_height),
         "attention's output": 3 * x + 2 * q + 2 * kv + summed,
-        "MLP": 3 * x + max(2 * mlp + mlp // i * sums, 3 * mlp + x + summed),  # gate and up; gate, up, act and down
+        "MLP": 3 * x
+        + max(
+            2 * mlp + mlp // i * sums, 3 * mlp + x + summed
+        ),  # gate and up; gate, up, act and down
         "logits": N * D * i + N * rows_of_V * i + max(spread, N * rows_of_V * sums),
-        "sampling": N * V * i + B * V * (2 * i + w) + min(B, 32 if device == "cuda" else 1) * V * (w + 8),
+        "sampling": N * V * i
+        + B * V * (2 * i + w)
+        + min(B, 32 if device == "cuda" else 1) * V * (w + 8),
     }
     phases = {name: fixed + held for name, held in phases.items()}
-    computing = (4 * w if i == w else 3 * w + i) if device == "cpu" else 2 * i  # angles, cos, sin; done on the CPU
-    pages = min(buffer, buffer * length // (2 * max(context_lens)))  # the table is made when half of it is outgrown
+    computing = (
+        (4 * w if i == w else 3 * w + i) if device == "cpu" else 2 * i
+    )  # angles, cos, sin; done on the CPU
+    pages = min(
+        buffer, buffer * length // (2 * max(context_lens))
+    )  # the table is made when half of it is outgrown
     phases["rotary table"] = pages + table * (i + computing)  # beside the one before
     return phases
 
 
-def step_bytes(config: ModelConfig, query_lens: tuple[int, ...], context_lens: tuple[int, ...], **options) -> int:
+def step_bytes(
+    config: ModelConfig, query_lens: tuple[int, ...], context_lens: tuple[int, ...], **options
+) -> int:
     """The most that one step holds at any time: the largest of `step_phases`, in bytes."""
     return max(step_phases(config, query_lens, context_lens, **options).values())
 
 
-def worst_steps(context: int, batch: int, tokens: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def worst_steps(
+    context: int, batch: int, tokens: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(query_lens, context_lens) of the steps that hold most while `batch` sequences reach `context` tokens each: all
     decode, not quite in step; or as many as it takes to fill the step bring prompts, or what fits of the last one,
     while the others decode. tokens: max_num_batched_tokens, at least `batch`.
@@ -91,12 +117,21 @@ def worst_steps(context: int, batch: int, tokens: int) -> list[tuple[tuple[int, 
     prompts = min(batch, max(1, -(-(tokens - batch) // max(1, context - 1))))
     others = batch - prompts
     last = min(context, tokens - others - (prompts - 1) * context)
-    return [((1,) * batch, contexts), ((1,) * others + (context,) * (prompts - 1) + (last,), contexts)]
+    return [
+        ((1,) * batch, contexts),
+        ((1,) * others + (context,) * (prompts - 1) + (last,), contexts),
+    ]
 
 
 def pages_that_fit(
-    config: ModelConfig, room: int, page_bytes: int, *, max_model_len: int, max_num_seqs: int,
-    max_num_batched_tokens: int, **options
+    config: ModelConfig,
+    room: int,
+    page_bytes: int,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    **options,
 ) -> int:
     """The most pages, of `page_bytes` each, that together with the fullest step take at most `room` bytes; 0: not one.
 
@@ -108,7 +143,11 @@ def pages_that_fit(
         tokens = max(1, pages * options["block_size"])
         few = min(max_model_len, tokens), max(1, min(max_num_seqs, tokens // max_model_len))
         many = max(1, min(max_model_len, tokens // max_num_seqs)), max_num_seqs
-        steps = [s for context, batch in (few, many) for s in worst_steps(context, batch, max_num_batched_tokens)]
+        steps = [
+            s
+            for context, batch in (few, many)
+            for s in worst_steps(context, batch, max_num_batched_tokens)
+        ]
         return pages * page_bytes + max(step_bytes(config, *step, **options) for step in steps)
 
     return largest(lambda pages: taken(pages) <= room, room // page_bytes)

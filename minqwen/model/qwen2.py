@@ -7,10 +7,11 @@ the vocabulary (`parallel.py` has the plan); the code below is the same at every
 
 Shapes: T tokens of this step, B sequences, D hidden, H query heads, K key/value heads, d head_dim, V vocabulary.
 """
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
 from minqwen.model.arithmetic import Native
-from minqwen.model.attention import KVCache, dense_attention, paged_attention
+from minqwen.model.attention import dense_attention, paged_attention
 from minqwen.model.batch import Batch
-from minqwen.model.trace import UNTRACED, run_with_cache, run_with_hooks
 from minqwen.model.exact import Exact
+from minqwen.model.kv_cache import KVCache
+from minqwen.model.trace import UNTRACED, run_with_cache, run_with_hooks
 from minqwen.parallel import SINGLE, Mesh, shard
 
 ARITHMETICS: dict[str, type[Native]] = {"native": Native, "exact": Exact}
@@ -32,11 +34,19 @@ class Linear(nn.Module):
 
     mesh = SINGLE  # the ranks that hold the other columns of this weight's rows
 
-    def __init__(self, ops: Native, in_features: int, out_features: int, bias: bool = False, **factory):
+    def __init__(
+        self, ops: Native, in_features: int, out_features: int, bias: bool = False, **factory
+    ):
         super().__init__()
         self.ops = ops
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, **factory), requires_grad=False) if bias else None
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, **factory), requires_grad=False
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, **factory), requires_grad=False)
+            if bias
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self)
@@ -45,7 +55,15 @@ class Linear(nn.Module):
 class RowParallelLinear(Linear):
     """The same with W's columns spread over the ranks; the partial results are summed."""
 
-    def __init__(self, ops: Native, mesh: Mesh, in_features: int, out_features: int, bias: bool = False, **factory):
+    def __init__(
+        self,
+        ops: Native,
+        mesh: Mesh,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        **factory,
+    ):
         super().__init__(ops, in_features, out_features, bias, **factory)
         self.mesh = mesh
 
@@ -79,7 +97,9 @@ class Embedding(nn.Module):
             x = F.embedding((ids - self.rows.start).where(mine, 0), self.weight)
         else:  # a small vocabulary on many ranks may leave the last ones without a row
             x = self.weight.new_zeros(*ids.shape, self.weight.shape[1])
-        return self.mesh.all_reduce(x.masked_fill(~mine[..., None], 0))  # one term is not zero: no rounding
+        return self.mesh.all_reduce(
+            x.masked_fill(~mine[..., None], 0)
+        )  # one term is not zero: no rounding
 
 
 class Attention(nn.Module):
@@ -87,14 +107,20 @@ class Attention(nn.Module):
         super().__init__()
         self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
         q_size = config.q_size // mesh.size
-        kv_size = max(config.kv_size // mesh.size, config.head_dim)  # at least one head: replicated beyond K ranks
+        kv_size = max(
+            config.kv_size // mesh.size, config.head_dim
+        )  # at least one head: replicated beyond K ranks
         self.q_proj = Linear(ops, config.hidden_size, q_size, bias=True, **factory)
         self.k_proj = Linear(ops, config.hidden_size, kv_size, bias=True, **factory)
         self.v_proj = Linear(ops, config.hidden_size, kv_size, bias=True, **factory)
         o_bias = config.model_type == "llama"  # a zero bias that only that layout has
-        self.o_proj = RowParallelLinear(ops, mesh, q_size, config.hidden_size, bias=o_bias, **factory)
+        self.o_proj = RowParallelLinear(
+            ops, mesh, q_size, config.hidden_size, bias=o_bias, **factory
+        )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap
+    ) -> Tensor:
         heads = (-1, self.head_dim)
         q = tap("attn.q", self.q_proj(x).unflatten(-1, heads))  # [T, H, d]
         k = tap("attn.k", self.k_proj(x).unflatten(-1, heads))  # [T, K, d]
@@ -130,10 +156,14 @@ class Layer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, **factory)
         self.self_attn = Attention(ops, config, mesh, layer, **factory)
-        self.post_attention_layernorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, **factory)
+        self.post_attention_layernorm = RMSNorm(
+            ops, config.hidden_size, config.rms_norm_eps, **factory
+        )
         self.mlp = MLP(ops, config, mesh, **factory)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap
+    ) -> Tensor:
         x = tap("resid_pre", x)
         normed = tap("norm1", self.input_layernorm(x))
         x = x + tap("attn.out", self.self_attn(normed, cos, sin, batch, cache, tap))
@@ -219,7 +249,11 @@ class Qwen2(nn.Module):
         from minqwen.checkpoint import write_checkpoint
         from minqwen.errors import CheckpointError
 
-        if self.mesh.size > 1 or self.ops.name != "native" or any(x.is_meta for x in self.parameters()):
+        if (
+            self.mesh.size > 1
+            or self.ops.name != "native"
+            or any(x.is_meta for x in self.parameters())
+        ):
             raise CheckpointError(
                 f"{path}: not written, because this model holds a rank's slice, prepared weights or not all of them "
                 f"(degree {self.mesh.size}, {self.ops.name} arithmetic, offload): load it whole on one rank to save it"
@@ -256,13 +290,19 @@ class Qwen2(nn.Module):
         """Room for `pages * page_size` tokens of this rank's keys and values."""
         c = self.config
         kv_heads = max(c.num_key_value_heads // self.mesh.size, 1)
-        return KVCache(c.num_hidden_layers, pages, page_size, kv_heads, c.head_dim, self.dtype, self.device)
+        return KVCache(
+            c.num_hidden_layers, pages, page_size, kv_heads, c.head_dim, self.dtype, self.device
+        )
 
     def rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, d] of the batch's positions, from a table that grows when it must."""
         length = max(batch.context_lens)
         table = None if self._rotary is None else self._rotary[0]
-        if table is None or len(table) < length or (table.dtype, table.device) != (self.dtype, self.device):
+        if (
+            table is None
+            or len(table) < length
+            or (table.dtype, table.device) != (self.dtype, self.device)
+        ):
             length = 1 << (length - 1).bit_length()
             tables = self.ops.rotary_table(self.config, length, self.dtype)
             self._rotary = tuple(table.to(self.device) for table in tables)
@@ -271,7 +311,9 @@ class Qwen2(nn.Module):
     run_with_cache = run_with_cache  # (logits, {name: tensor}); model/trace.py
     run_with_hooks = run_with_hooks
 
-    def forward(self, ids: Tensor, batch: Batch | None = None, cache: KVCache | None = None, tap=UNTRACED) -> Tensor:
+    def forward(
+        self, ids: Tensor, batch: Batch | None = None, cache: KVCache | None = None, tap=UNTRACED
+    ) -> Tensor:
         """Logits of the next token.
 
         Without a batch: ids [B, T] -> logits [B, T, V] in the model's dtype, no cache: the oracle. With one:
@@ -279,7 +321,9 @@ class Qwen2(nn.Module):
         """
         if batch is None:
             if ids.dim() != 2:
-                raise ValueError(f"ids have shape {tuple(ids.shape)}, expected [B, T] (or a Batch for packed tokens)")
+                raise ValueError(
+                    f"ids have shape {tuple(ids.shape)}, expected [B, T] (or a Batch for packed tokens)"
+                )
             batch = Batch.dense(*ids.shape, device=ids.device)
             logits = self(ids.flatten(), batch, cache, tap)
             return logits.unflatten(0, ids.shape)

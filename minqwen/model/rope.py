@@ -3,10 +3,11 @@
 The formulas and their order are those of transformers' `modeling_rope_utils.py`, so that float32 tables have
 its bits. YaRN is static: the same frequencies and the same scale at every position of every prompt.
 """
+
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,11 +41,15 @@ def inverse_frequencies(
     extrapolated, interpolated = 1.0 / wavelengths, 1.0 / (scaling.factor * wavelengths)
     low, high = yarn_range(config, log)
     ramp = torch.clamp((torch.arange(d // 2, dtype=dtype) - low) / (high - low), 0, 1)
-    keep = 1 - ramp  # 1: fast dimensions, left alone; 0: slow dimensions, interpolated by the factor
+    keep = (
+        1 - ramp
+    )  # 1: fast dimensions, left alone; 0: slow dimensions, interpolated by the factor
     return interpolated * (1 - keep) + extrapolated * keep, yarn_attention_factor(scaling, log)
 
 
-def yarn_range(config: ModelConfig, log: Callable[[float], float] = math.log) -> tuple[float, float]:
+def yarn_range(
+    config: ModelConfig, log: Callable[[float], float] = math.log
+) -> tuple[float, float]:
     """First and last dimension pair of the ramp: those that turn beta_fast and beta_slow times in the original
     context (YaRN, section 3.2)."""
     scaling, d = config.rope_scaling, config.head_dim
@@ -80,7 +85,9 @@ def rotary_table(config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     inv_freq, factor = inverse_frequencies(config, compute)
-    angles = torch.arange(length, dtype=torch.int64).to(compute)[:, None] * inv_freq  # [length, d/2]
+    angles = (
+        torch.arange(length, dtype=torch.int64).to(compute)[:, None] * inv_freq
+    )  # [length, d/2]
     angles = torch.cat((angles, angles), dim=-1)  # [length, d]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 

@@ -4,24 +4,22 @@ The forward pass calls `tap(name, x)` at each point and goes on with what comes 
 `Tap` shows it to functions first. Names: "embed", "layers.3.attn.q", ...; patterns with * and ? match them, and
 TransformerLens's names ("blocks.3.attn.hook_q") are the same points.
 """
+
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from minqwen.errors import MinqwenError
+from minqwen.errors import TraceError
 
 if TYPE_CHECKING:
     from minqwen.model.qwen2 import Qwen2
-
-
-class TraceError(MinqwenError):
-    """A point that does not exist, or a replacement that does not fit."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +44,31 @@ POINTS = [
     Point("attn.v", "T K d", "attn.hook_v", "values, bias added", "kv heads"),
     Point("attn.rot_q", "T H d", "attn.hook_rot_q", "queries after RoPE", "heads"),
     Point("attn.rot_k", "T K d", "attn.hook_rot_k", "keys after RoPE", "kv heads"),
-    Point("attn.scores", "H T L", "attn.hook_attn_scores", "scaled scores, -inf where hidden", "heads"),
+    Point(
+        "attn.scores", "H T L", "attn.hook_attn_scores", "scaled scores, -inf where hidden", "heads"
+    ),
     Point("attn.pattern", "H T L", "attn.hook_pattern", "softmax of the scores", "heads"),
     Point("attn.z", "T H d", "attn.hook_z", "each head's weighted values", "heads"),
     Point("attn.out", "T D", "hook_attn_out", "o_proj's output"),
     Point("resid_mid", "T D", "hook_resid_mid", "residual stream after attention"),
-    Point("norm2", "T D", "ln2.hook_normalized", "post_attention_layernorm's output, its weight applied"),
+    Point(
+        "norm2",
+        "T D",
+        "ln2.hook_normalized",
+        "post_attention_layernorm's output, its weight applied",
+    ),
     Point("mlp.gate", "T I", "mlp.hook_pre", "gate_proj's output", "channels"),
     Point("mlp.up", "T I", "mlp.hook_pre_linear", "up_proj's output", "channels"),
     Point("mlp.act", "T I", "mlp.hook_post", "silu(gate) times up", "channels"),
     Point("mlp.out", "T D", "hook_mlp_out", "down_proj's output"),
     Point("resid_post", "T D", "hook_resid_post", "residual stream out of the layer"),
-    Point("final_norm", "T D", "ln_final.hook_normalized", "the last residual after model.norm", layered=False),
+    Point(
+        "final_norm",
+        "T D",
+        "ln_final.hook_normalized",
+        "the last residual after model.norm",
+        layered=False,
+    ),
     Point("logits", "T V", None, "logits", layered=False),
 ]
 BY_NAME = {point.name: point for point in POINTS}
@@ -65,7 +76,10 @@ BY_NAME = {point.name: point for point in POINTS}
 
 def point_names(num_layers: int) -> list[str]:
     """Every name of a model with so many layers, in the order of computation."""
-    before, after = [p.name for p in POINTS if not p.layered][:1], [p.name for p in POINTS if not p.layered][1:]
+    before, after = (
+        [p.name for p in POINTS if not p.layered][:1],
+        [p.name for p in POINTS if not p.layered][1:],
+    )
     layers = [f"layers.{i}.{p.name}" for i in range(num_layers) for p in POINTS if p.layered]
     return before + layers + after
 
@@ -78,7 +92,11 @@ def point_of(name: str) -> Point:
 def alias_of(name: str) -> str | None:
     """TransformerLens's spelling of one of our names."""
     alias = point_of(name).alias
-    return alias and re.sub(r"^layers\.(\d+)\..*", lambda m: f"blocks.{m[1]}.{alias}", name) if "." in name else alias
+    return (
+        alias and re.sub(r"^layers\.(\d+)\..*", lambda m: f"blocks.{m[1]}.{alias}", name)
+        if "." in name
+        else alias
+    )
 
 
 def select(names: str | list[str] | Callable[[str], bool] | None, num_layers: int) -> set[str]:
@@ -91,10 +109,14 @@ def select(names: str | list[str] | Callable[[str], bool] | None, num_layers: in
         return {name for name in every if names(name)}
     chosen: set[str] = set()
     for pattern in [names] if isinstance(names, str) else names:
-        found = [n for n in every if fnmatchcase(n, pattern) or fnmatchcase(alias_of(n) or "", pattern)]
+        found = [
+            n for n in every if fnmatchcase(n, pattern) or fnmatchcase(alias_of(n) or "", pattern)
+        ]
         if not found:
-            raise TraceError(f"no point is called {pattern!r} in a model of {num_layers} layers: "
-                             "`tools/trace.py points` lists them")
+            raise TraceError(
+                f"no point is called {pattern!r} in a model of {num_layers} layers: "
+                "`tools/trace.py points` lists them"
+            )
         chosen.update(found)
     return chosen
 
@@ -159,7 +181,9 @@ class Tap:
         if new is not None:
             if not isinstance(new, Tensor) or new.shape != seen.shape:
                 found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                raise TraceError(f"the hook on {full} returned {found}, expected None or a tensor {tuple(seen.shape)}")
+                raise TraceError(
+                    f"the hook on {full} returned {found}, expected None or a tensor {tuple(seen.shape)}"
+                )
             new = new.to(x.dtype)
             x = scatter(new, x, point, self.model) if self.gather and point.axis else new
         return x if grouped is None else x.reshape(grouped)
@@ -215,7 +239,9 @@ def run_with_cache(
     return model(ids, tap=tap), Seen(seen)
 
 
-def run_with_hooks(model: Qwen2, ids: Tensor, fwd_hooks: list[tuple], gather: bool = True) -> Tensor:
+def run_with_hooks(
+    model: Qwen2, ids: Tensor, fwd_hooks: list[tuple], gather: bool = True
+) -> Tensor:
     """model(ids) with `fn(tensor, name)` called at the points each (names, fn) means; what it returns, if not
     None, takes the tensor's place. Shapes as in `run_with_cache`. Returns logits [B, T, V]."""
     hooks = [(select(names, model.config.num_hidden_layers), fn) for names, fn in fwd_hooks]
@@ -228,9 +254,15 @@ def run_with_hooks(model: Qwen2, ids: Tensor, fwd_hooks: list[tuple], gather: bo
                 answer = fn(shaped, name)
                 if answer is not None:
                     if not isinstance(answer, Tensor) or answer.shape != shaped.shape:
-                        found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-                        raise TraceError(f"the hook on {name} returned {found}, "
-                                         f"expected None or a tensor {tuple(shaped.shape)}")
+                        found = (
+                            tuple(answer.shape)
+                            if isinstance(answer, Tensor)
+                            else type(answer).__name__
+                        )
+                        raise TraceError(
+                            f"the hook on {name} returned {found}, "
+                            f"expected None or a tensor {tuple(shaped.shape)}"
+                        )
                     shaped = new = answer
         return None if new is None else new.reshape(x.shape)
 

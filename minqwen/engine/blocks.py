@@ -1,0 +1,163 @@
+"""Which page of the KV cache belongs to whom: allocation, sharing and prefix caching. No tensors here.
+
+A block is a page of `block_size` tokens. Full blocks may be shared, because what is written in them never
+changes; the last, partly filled block of a sequence is its own. Blocks that nobody uses stay readable until
+they are needed again, the least recently used first: that is the prefix cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CachedBlock:
+    """What a registered block holds: its own tokens, after exactly the text that ends in block `parent`."""
+
+    digest: bytes
+    serial: int  # names this content for as long as the pool lives; a reused page gets a new one
+    parent: int  # serial of the block before, or -1
+    tokens: tuple[int, ...]
+    salt: str | None
+
+
+class BlockPool:
+    """`num_blocks` pages of `block_size` tokens with reference counts and a prefix cache.
+
+    Digests are SHA-256 over (digest of the block before, or the salt; tokens). A match is served only if the stored
+    tokens and parent are the same too, so that even a colliding digest (`digest_bits` lets the tests make them)
+    cannot give one request another's keys and values.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        digest_bits: int = 256,
+    ):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.digest_bits = digest_bits
+        self.references = [0] * num_blocks
+        self.unused: OrderedDict[int, None] = OrderedDict.fromkeys(
+            range(num_blocks)
+        )  # oldest first
+        self.content: dict[int, CachedBlock] = {}  # block -> what it holds, if registered
+        self.by_digest: dict[bytes, int] = {}  # digest -> the block that holds it
+        self.serial = 0
+        self.evictions = self.collisions = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be had now, cached ones included."""
+        return len(self.unused)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def digest(
+        self, parent: CachedBlock | None, tokens: tuple[int, ...], salt: str | None
+    ) -> bytes:
+        sha = hashlib.sha256(parent.digest if parent else repr(salt).encode())
+        sha.update(array("q", tokens).tobytes())
+        if self.digest_bits == 256:
+            return sha.digest()
+        return (int.from_bytes(sha.digest(), "big") >> (256 - self.digest_bits)).to_bytes(32, "big")
+
+    def match(self, ids: list[int], salt: str | None = None) -> list[int]:
+        """The longest cached prefix of `ids`, as blocks: full blocks, and never all of `ids`, because the last
+        token must be computed to have its logits. The blocks are not claimed."""
+        blocks: list[int] = []
+        if not self.enable_prefix_caching:
+            return blocks
+        parent, size = None, self.block_size
+        for start in range(0, len(ids) - size, size):
+            tokens = tuple(ids[start : start + size])
+            block = self.by_digest.get(self.digest(parent, tokens, salt))
+            if block is None:
+                break
+            found = self.content[block]
+            if not self.holds(found, parent, tokens, salt):
+                self.collisions += 1
+                break
+            blocks.append(block)
+            parent = found
+        return blocks
+
+    def holds(
+        self,
+        found: CachedBlock,
+        parent: CachedBlock | None,
+        tokens: tuple[int, ...],
+        salt: str | None,
+    ) -> bool:
+        """Whether a block whose digest is right holds the right text."""
+        return (found.parent, found.tokens, found.salt) == (
+            parent.serial if parent else -1,
+            tokens,
+            salt,
+        )
+
+    def share(self, blocks: list[int]) -> None:
+        """Claim blocks that hold what the caller needs."""
+        for block in blocks:
+            self.unused.pop(block, None)
+            self.references[block] += 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Claim `count` blocks to write in, or None if there are not so many; then nothing has changed."""
+        if count > len(self.unused):
+            return None
+        blocks = [self.unused.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self.references[block] = 1
+            self._forget(block)
+        return blocks
+
+    def release(self, blocks: list[int]) -> None:
+        """Give blocks back. A sequence's last block is forgotten first: its prefix is worth more to others."""
+        for block in reversed(blocks):
+            self.references[block] -= 1
+            if self.references[block] == 0:
+                self.unused[block] = None
+                if block not in self.content:  # nothing worth keeping: first to be used again
+                    self.unused.move_to_end(block, last=False)
+
+    def register(
+        self, block: int, parent: CachedBlock | None, tokens: list[int], salt: str | None = None
+    ) -> CachedBlock:
+        """Let others find a full block that holds the keys and values of `tokens` after the text of `parent`.
+
+        Returns the record that the next block of the text names as its parent: of an older block, if one holds
+        the same text. A different text with the same digest gives way: it can no longer be found.
+        """
+        text = tuple(tokens)
+        digest = self.digest(parent, text, salt)
+        if digest in self.by_digest:
+            other = self.by_digest[digest]
+            if self.holds(self.content[other], parent, text, salt):
+                return self.content[other]
+            self._forget(other)
+            if other in self.unused:
+                self.unused.move_to_end(other, last=False)
+        self.serial += 1
+        self.content[block] = CachedBlock(
+            digest, self.serial, parent.serial if parent else -1, text, salt
+        )
+        self.by_digest[digest] = block
+        return self.content[block]
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached text. Not while blocks are in use: their owners would go on to register old text."""
+        assert len(self.unused) == self.num_blocks
+        self.content.clear()
+        self.by_digest.clear()
+
+    def _forget(self, block: int) -> None:
+        if block in self.content:
+            del self.by_digest[self.content.pop(block).digest]
+            self.evictions += 1

@@ -1,0 +1,1 @@
+"""More heads, the same model: head extension of checkpoints."""

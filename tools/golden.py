@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Numbers that any machine must reproduce, to the last bit.
+
+python tools/golden.py fingerprint                    SHA-256 of the embedded model's exact logits
+python tools/golden.py fingerprint MODEL --dtype float32
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from minqwen.cli import EMBEDDED, run
+from minqwen.lab.golden import fingerprint
+from minqwen.parallel import Mesh
+
+
+def print_fingerprints(args: argparse.Namespace) -> None:
+    mesh = Mesh.from_env(args.device)
+    for dtype in args.dtype:
+        line = fingerprint(args.model, dtype, mesh=mesh)
+        if mesh.rank == 0:
+            print(dtype, line, flush=True)
+    mesh.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("fingerprint", help="print the SHA-256 of exact logits")
+    command.add_argument(
+        "model", nargs="?", default=EMBEDDED, help="a safetensors directory (default: the embedded)"
+    )
+    command.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], help="of storage (default: both)"
+    )
+    command.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: GPUs if there is one for each rank"
+    )
+    print_fingerprints(parser.parse_args())
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
