@@ -1,6 +1,8 @@
 """One check for each kind of value that a file or a caller can get wrong; each raises ConfigError in one line."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from minqwen.errors import ConfigError
@@ -55,3 +57,9 @@ def token_ids(where: str, value: Any) -> tuple[int, ...]:
         if type(v) is not int or v < 0:
             raise wrong(where, value, "a token id, a list of token ids, or null", "correct it")
     return tuple(dict.fromkeys(values))
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """ "; did you mean 'exact'?" where one of the choices is close to the word, else ""."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
