@@ -50,6 +50,23 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_writable(path: str | Path, flag: str) -> None:
+    """Raise MinqwenError, before any work is done, if `flag` names a file that cannot be written.
+
+    Nothing is created. A file that exists may be replaced; its directory must exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        problem = "is a directory, expected the name of a file"
+    elif not path.parent.is_dir():
+        problem = f"has no directory to lie in ({path.parent}); create that, or choose another"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "cannot be written (permission denied); choose another"
+    else:
+        return
+    raise MinqwenError(f"{flag} {path}: {problem}")
+
+
 def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
