@@ -55,6 +55,16 @@ class Shard:
     stop: int
 
 
+def kv_heads_per_rank(config: ModelConfig, size: int) -> int:
+    """Key/value heads that each of `size` ranks holds: with more ranks than heads, a copy of one."""
+    return max(config.num_key_value_heads // size, 1)
+
+
+def vocab_rows_per_rank(config: ModelConfig, size: int) -> int:
+    """Rows of the vocabulary in one rank's piece, ceil(V / size); the last ranks may hold fewer."""
+    return -(-config.vocab_size // size)
+
+
 def shard(name: str, config: ModelConfig, rank: int, size: int) -> Shard | None:
     """The part of parameter `name` that `rank` of `size` holds, or None where every rank holds all of it.
 
@@ -67,14 +77,14 @@ def shard(name: str, config: ModelConfig, rank: int, size: int) -> Shard | None:
     if what is None or size == 1:
         return None
     if what == "vocabulary":
-        rows = -(-config.vocab_size // size)
+        rows = vocab_rows_per_rank(config, size)
         return Shard(
             dim, min(rank * rows, config.vocab_size), min((rank + 1) * rows, config.vocab_size)
         )
     if what == "kv heads":
         kv_heads, d = config.num_key_value_heads, config.head_dim
         first = rank * kv_heads // size
-        return Shard(dim, first * d, (first + max(1, kv_heads // size)) * d)
+        return Shard(dim, first * d, (first + kv_heads_per_rank(config, size)) * d)
     rows = (config.q_size if what == "query heads" else config.intermediate_size) // size
     return Shard(dim, rank * rows, (rank + 1) * rows)
 

@@ -13,6 +13,16 @@ import torch
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.model.attention import tile_rows
 from minqwen.model.batch import runs
+from minqwen.parallel import kv_heads_per_rank, vocab_rows_per_rank
+
+
+def block_bytes(config: ModelConfig, size: int, block_size: int, dtype: str) -> int:
+    """Bytes of one block of the KV cache on one of `size` ranks: the keys and values of `block_size`
+    tokens in all layers. dtype: a name of BYTES_PER_ELEMENT."""
+    numbers_per_token = (
+        2 * config.num_hidden_layers * kv_heads_per_rank(config, size) * config.head_dim
+    )
+    return block_size * numbers_per_token * BYTES_PER_ELEMENT[dtype]
 
 
 def step_phases(
@@ -35,8 +45,8 @@ def step_phases(
     i = BYTES_PER_ELEMENT[dtype]
     w = max(i, 4)  # norms, softmax and sampling are in float32 at least
     d, D, B, T = config.head_dim, config.hidden_size, len(query_lens), sum(query_lens)
-    H, K = config.num_attention_heads // size, max(config.num_key_value_heads // size, 1)
-    V, rows_of_V = config.vocab_size, -(-config.vocab_size // size)
+    H, K = config.num_attention_heads // size, kv_heads_per_rank(config, size)
+    V, rows_of_V = config.vocab_size, vocab_rows_per_rank(config, size)
     N = B if logit_rows is None else logit_rows
     x, q, kv, mlp = (T * n * i for n in (D, H * d, K * d, config.intermediate_size // size))
 
