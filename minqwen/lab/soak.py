@@ -151,7 +151,9 @@ def margin(exact: Qwen2, job: Job, tokens: list[int], other: int) -> float:
     """By how much tokens[-1] is likelier than `other` after the prompt and tokens[:-1], in units of the largest logit,
     by exact arithmetic."""
     logits = exact(torch.tensor([job.prompt + tokens[:-1]]))[0, -1:].float()
-    scores = transform(logits.clone(), [Row(job.params, job.prompt, tokens[:-1], 0)])[0]
+    ids = job.prompt + tokens[:-1]
+    row = Row(params=job.params, ids=ids, num_prompt=len(job.prompt), seed=0)
+    scores = transform(logits.clone(), [row])[0]
     return abs(float(scores[tokens[-1]] - scores[other])) / float(logits.abs().max())
 
 

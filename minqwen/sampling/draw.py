@@ -18,64 +18,72 @@ from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.warp import INF, uniform
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Row:
-    """One sequence as the sampler sees it. Keep it for the sequence's life: it counts ids as they come.
+    """One sequence as the sampler sees it. Keep it as long as the sequence lives: it counts ids.
 
-    output_ids is the sequence's own list, only ever appended to. seed is the request's, or, where params.seed
-    is None, one that the engine drew, the same on all ranks. position is the place among the generated tokens
-    of the one to be drawn. mask is None or bool [V], True where a token may come next.
+    The place of the next token among the generated ones is `num_output`: with `seed` and `index`
+    it decides which random number draws that token.
     """
 
     params: SamplingParams
-    prompt_ids: Sequence[int]
-    output_ids: list[int]
-    seed: int
-    sample_index: int = 0
-    eos_token_ids: Sequence[int] = ()
-    bad_words: Sequence[Sequence[int]] = ()  # from bad_word_ids()
-    mask: Tensor | None = None
-    position: int | None = None  # None: len(output_ids)
-    _counts: Counter = field(default_factory=Counter, init=False, repr=False)
-    _seen: dict = field(default_factory=dict, init=False, repr=False)
-    _counted: int = field(default=-1, init=False, repr=False)
+    ids: list[int]  # prompt and output; only ever appended to
+    num_prompt: int  # how many of ids are the prompt
+    seed: int  # params.seed or, where that is None, one that the engine drew, the same on all ranks
+    index: int = 0  # which of the request's n samples
+    eos_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # from bad_word_ids()
+    mask: Tensor | None = None  # bool [V], True where a token may come next
+    # For the penalties: the ids in prompt and output, how often each is in the output, and how
+    # many of `ids` these two cover. A step looks at the new ids only, not at the prompt again.
+    _seen: dict[int, None] = field(default_factory=dict, init=False, repr=False)
+    _counts: Counter[int] = field(default_factory=Counter, init=False, repr=False)
+    _counted: int = field(default=0, init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def num_output(self) -> int:
+        """How many tokens have been generated."""
+        return len(self.ids) - self.num_prompt
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
         p = self.params
-        self.greedy = p.temperature == 0
-        self.penalised = (
-            p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        )
-        ends = (*p.stop_token_ids, *(() if p.ignore_eos else self.eos_token_ids))
-        self.ending = ends if p.min_tokens else ()
+        return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
     @property
     def plain(self) -> bool:
         """Greedy, and nothing changes the logits."""
-        return self.greedy and not (
+        changed = (
             self.penalised
             or self.params.logit_bias
-            or self.ending
+            or self.num_output < self.params.min_tokens
             or self.bad_words
             or self.mask is not None
         )
+        return self.greedy and not changed
 
     def count(self) -> None:
-        if self._counted < 0:
-            self._seen, self._counted = dict.fromkeys(self.prompt_ids), 0
-        new = self.output_ids[self._counted :]
-        self._counts.update(new)
-        self._seen.update(dict.fromkeys(new))
-        self._counted += len(new)
+        """Count the ids that have come since the last call."""
+        self._seen.update(dict.fromkeys(self.ids[self._counted :]))
+        self._counts.update(self.ids[max(self._counted, self.num_prompt) :])
+        self._counted = len(self.ids)
 
     def banned(self) -> list[int]:
         """Ids that would complete a bad word, and those that end the text before min_tokens."""
-        out = list(self.ending) if len(self.output_ids) < self.params.min_tokens else []
-        return out + [
-            last
-            for *head, last in self.bad_words
-            if not head or self.output_ids[-len(head) :] == head
-        ]
+        banned: list[int] = []
+        if self.num_output < self.params.min_tokens:
+            banned += self.params.stop_token_ids
+            if not self.params.ignore_eos:
+                banned += self.eos_token_ids
+        for *head, last in self.bad_words:
+            n = len(head)
+            if n <= self.num_output and (n == 0 or self.ids[-n:] == head):
+                banned.append(last)
+        return banned
 
 
 def bad_word_ids(
@@ -105,7 +113,7 @@ def sample(
     tokens: list[int] = [-1] * len(rows)
     plain, other = [], []
     for i, row in enumerate(rows):
-        forced, at = row.params.forced_ids, len(row.output_ids)
+        forced, at = row.params.forced_ids, row.num_output
         if forced is not None and at < len(forced):
             tokens[i] = forced[at]
         else:
@@ -206,16 +214,7 @@ def _random(x: Tensor, rows: list[Row]) -> list[int]:
         x = pad(x, (0, -x.shape[1] % BLOCK), value=-INF)
     t = torch.tensor([[row.params.temperature] for row in rows], dtype=x.dtype)
     u = torch.tensor(
-        [
-            [
-                uniform(
-                    row.seed,
-                    row.sample_index,
-                    len(row.output_ids) if row.position is None else row.position,
-                )
-            ]
-            for row in rows
-        ],
+        [[uniform(row.seed, row.index, row.num_output)] for row in rows],
         dtype=torch.float64,
     )
     top = x.amax(-1, keepdim=True).cpu()
