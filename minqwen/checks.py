@@ -1,62 +1,135 @@
-"""One check for each kind of value that a file or a caller can get wrong; each raises ConfigError in one line."""
+"""One check for each kind of value that a file or a caller can get wrong.
+
+Each check returns the value, or raises `error` (ConfigError unless the caller names another class)
+in one line: where, what was found, what was expected, what to do. `where` names the value for the
+user: "/models/7b/config.json: vocab_size", or "top_p".
+"""
+
+from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
-from minqwen.errors import ConfigError
+from minqwen.errors import ConfigError, MinqwenError
+from minqwen.files import printable, quoted
+
+ErrorClass = type[MinqwenError]
+MAX_INTEGER = 2**63 - 1  # what torch and JSON readers in other languages can hold
 
 
-def config_error(text: str) -> ConfigError:
-    """ConfigError of one line, whatever control characters a file or its name contains."""
-    return ConfigError("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+def wrong(
+    where: str,
+    found: object,
+    expected: str,
+    remedy: str = "correct it",
+    *,
+    error: ErrorClass = ConfigError,
+) -> MinqwenError:
+    """The error to raise. Its text is one printable line, whatever a file holds."""
+    return error(printable(f"{where} is {quoted(found, 100)}, expected {expected}; {remedy}"))
 
 
-def wrong(where: str, found: Any, expected: str, remedy: str) -> ConfigError:
-    """The one shape of every error here: where, what was found, what was expected, what to do; one line."""
-    shown = repr(found)
-    shown = shown if len(shown) <= 100 else shown[:97] + "..."
-    return config_error(f"{where} is {shown}, expected {expected}; {remedy}")
+def is_integer(value: object) -> bool:
+    """True for an integer of Python or numpy, but not for True and False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def integer(where: str, value: Any, minimum: int, optional: bool = False) -> int | None:
-    if optional and value is None:
+def integer(where: str, value: Any, minimum: int, *, error: ErrorClass = ConfigError) -> int:
+    """An integer of at least `minimum` that fits in 64 bits."""
+    if not is_integer(value) or not minimum <= value <= MAX_INTEGER:
+        raise wrong(where, value, f"an integer of at least {minimum}", error=error)
+    return int(value)
+
+
+def optional_integer(
+    where: str, value: Any, minimum: int, *, error: ErrorClass = ConfigError
+) -> int | None:
+    """None, or an integer of at least `minimum` that fits in 64 bits."""
+    if value is None:
         return None
-    if (
-        type(value) is not int or not minimum <= value < 2**63
-    ):  # `type`, not isinstance: True is no size
-        wanted = f"an integer of at least {minimum}" + (" or null" if optional else "")
-        raise wrong(where, value, wanted, "correct it")
-    return value
+    if not is_integer(value) or not minimum <= value <= MAX_INTEGER:
+        raise wrong(where, value, f"an integer of at least {minimum} or null", error=error)
+    return int(value)
 
 
 def number(
-    where: str, value: Any, low: float = 0.0, high: float = math.inf, open_low: bool = True
+    where: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    open_low: bool = True,
+    error: ErrorClass = ConfigError,
 ) -> float:
-    """A finite number in (low, high], or [low, high] when open_low is False; JSON integers are welcome."""
-    if type(value) in (int, float) and abs(value) < 1e300:  # false for NaN and infinity too
-        if (low < value or (not open_low and low == value)) and value <= high:
-            return float(value)
+    """A finite number in (low, high], or in [low, high] where open_low is False.
+
+    Integers are numbers too; the result is always a float.
+    """
+    if _is_finite(value) and value <= high and (low < value or (low == value and not open_low)):
+        return float(value)
     wanted = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
-    raise wrong(
-        where, value, wanted + ("" if high == math.inf else f" and at most {high:g}"), "correct it"
-    )
+    if high != math.inf:
+        wanted += f" and at most {high:g}"
+    raise wrong(where, value, wanted, error=error)
 
 
-def boolean(where: str, value: Any) -> bool:
-    if type(value) is not bool:
-        raise wrong(where, value, "true or false", "correct it")
+def _is_finite(value: Any) -> bool:
+    # The comparison is false for NaN and infinity, and for integers that no float can hold.
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) < 1e300)
+
+
+def boolean(where: str, value: Any, *, error: ErrorClass = ConfigError) -> bool:
+    """True or False; not 1, not "true"."""
+    if not isinstance(value, bool):
+        raise wrong(where, value, "true or false", error=error)
     return value
 
 
-def token_ids(where: str, value: Any) -> tuple[int, ...]:
-    """A token id, a list of them, or null, as a tuple without repeats."""
-    values = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
-    for v in values:
-        if type(v) is not int or v < 0:
-            raise wrong(where, value, "a token id, a list of token ids, or null", "correct it")
-    return tuple(dict.fromkeys(values))
+def token_ids(where: str, value: Any, *, error: ErrorClass = ConfigError) -> tuple[int, ...]:
+    """A token id, a list of them, or None, as a tuple without repeats."""
+    if value is None:
+        return ()
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    if not all(is_integer(id) and id >= 0 for id in ids):
+        raise wrong(where, value, "a token id, a list of token ids, or null", error=error)
+    return tuple(dict.fromkeys(int(id) for id in ids))
+
+
+def one_of(
+    where: str,
+    value: Any,
+    allowed: tuple[str, ...],
+    remedy: str = "correct it",
+    *,
+    error: ErrorClass = ConfigError,
+) -> str:
+    """One of the `allowed` strings."""
+    # A JSON value may be a list, which cannot be looked up in a set: compare one by one.
+    if not isinstance(value, str) or value not in allowed:
+        raise wrong(where, value, " or ".join(map(repr, allowed)), remedy, error=error)
+    return value
+
+
+def mapping(
+    where: str,
+    value: Any,
+    expected: str = "an object",
+    remedy: str = "correct it",
+    *,
+    error: ErrorClass = ConfigError,
+) -> Mapping[str, Any]:
+    """A JSON object: a mapping whose keys are names."""
+    if not isinstance(value, Mapping):
+        raise wrong(where, value, expected, remedy, error=error)
+    return value
+
+
+def config_error(text: str) -> MinqwenError:
+    """A ConfigError of one line."""
+    return ConfigError(printable(text))
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

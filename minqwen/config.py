@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minqwen.checks import boolean, config_error, integer, number, token_ids, wrong
+from minqwen.checks import (
+    boolean,
+    config_error,
+    integer,
+    number,
+    optional_integer,
+    token_ids,
+    wrong,
+)
 from minqwen.errors import ConfigError
 from minqwen.files import read_json_object, write_text
 
@@ -223,12 +231,8 @@ class ModelConfig:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
         at = lambda name: f"{self.source}: {name}"  # noqa: E731
         for name in SIZES:
-            integer(
-                at(name),
-                getattr(self, name),
-                1,
-                optional=name in ("num_key_value_heads", "head_dim"),
-            )
+            check = optional_integer if name in ("num_key_value_heads", "head_dim") else integer
+            check(at(name), getattr(self, name), 1)
         H, D = self.num_attention_heads, self.hidden_size
         K = H if self.num_key_value_heads is None else self.num_key_value_heads
         put("num_key_value_heads", K)
@@ -266,7 +270,7 @@ class ModelConfig:
         put("dtype", _dtype_name(at("dtype"), self.dtype))
         put("eos_token_id", token_ids(at("eos_token_id"), self.eos_token_id))
         for name in ("bos_token_id", "pad_token_id"):
-            integer(at(name), getattr(self, name), 0, optional=True)
+            optional_integer(at(name), getattr(self, name), 0)
         if self.model_type not in tuple(ARCHITECTURES):
             raise wrong(
                 at("model_type"),

@@ -1,7 +1,7 @@
-"""What every reader and writer of files needs: checks before a file is opened, strict JSON, atomic replacement.
+"""What every reader and writer of files needs: checks, strict JSON, atomic replacement.
 
-Each function takes the class of the error to raise, so that a user reads one line from the room
-that she asked something of: ConfigError for config.json, TokenizerError for tokenizer.json.
+Each function takes the class of the error to raise, because each room has its own: ConfigError for
+config.json, TokenizerError for tokenizer.json. Every error is one line.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import json
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minqwen.errors import MinqwenError
 
-MAX_SMALL_FILE = 100 << 20  # bytes of a JSON or text file; the real tokenizer.json has 7 million
-GIT_LFS = b"version https://git-lfs"  # how a pointer file begins that git-lfs has not replaced yet
+MAX_SMALL_FILE = 100 << 20  # bytes of a JSON or text file; Qwen2.5's tokenizer.json has 7 million
+GIT_LFS = b"version https://git-lfs"  # the first bytes of a pointer that git-lfs has not replaced
 
 
 class Stamp(NamedTuple):
@@ -39,7 +40,7 @@ def quoted(value: object, most: int = 200) -> str:
 
 
 def and_more(names: Sequence[object]) -> str:
-    """ " (and 3 more)" after the first of four names; "" after the only one."""
+    """What to say after the first of several names: " (and 3 more)" for four, "" for one."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
@@ -54,36 +55,46 @@ def printable(text: str) -> str:
 def check_regular(path: Path, error: type[MinqwenError]) -> Stamp:
     """Raise `error` unless `path` is a regular file that holds something, or a link to one.
 
-    The file is looked at before it is opened: to open a FIFO blocks, and to open a device may do
-    anything. Links are followed, because Hugging Face's cache is made of them.
+    The kind of file is asked before the file is opened: opening a FIFO blocks, and opening a device
+    may do anything. Links are followed, because Hugging Face's cache is made of them.
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise error(f"{path}: is not a regular file, expected the file itself or a link to it")
+            raise _bad(
+                path, "is not a regular file, expected the file itself or a link to it", error
+            )
         with open(path, "rb") as file:
             start = file.read(len(GIT_LFS))
     except OSError as e:
-        raise error(
-            f"{path}: cannot be read ({e.strerror or e}); fetch the checkpoint again"
-        ) from None
+        raise _unreadable(path, e, error) from None
     if not start:
-        raise error(f"{path}: is empty (0 bytes); fetch it again")
+        raise _bad(path, "is empty (0 bytes), expected the whole file; fetch it again", error)
     if start == GIT_LFS:
-        raise error(
-            f"{path}: is a git-lfs pointer of {found.st_size} bytes, expected the file itself; "
-            "run `git lfs pull`"
-        )
+        text = f"is a git-lfs pointer of {found.st_size} bytes, expected the file itself"
+        raise _bad(path, f"{text}; run `git lfs pull`", error)
     return Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def check_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FILE) -> None:
+    """Raise `error` unless `path` is a regular file of 1 to `limit` bytes.
+
+    For files that a library opens by their path; our own code calls read_small and its kin.
+    """
+    size = check_regular(path, error).size
+    if size > limit:
+        text = f"is {size} bytes long, expected at most {limit}; fetch it again"
+        raise _bad(path, text, error)
 
 
 def read_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FILE) -> bytes:
     """The bytes of a regular file of at most `limit` bytes, read once."""
-    size = check_regular(path, error).size
-    if size > limit:
-        raise error(f"{path}: is {size} bytes long, expected at most {limit}; fetch it again")
-    with open(path, "rb") as file:
-        return file.read(limit)
+    check_small(path, error, limit)
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError as e:
+        raise _unreadable(path, e, error) from None
 
 
 def read_text(path: Path, error: type[MinqwenError]) -> str:
@@ -91,7 +102,7 @@ def read_text(path: Path, error: type[MinqwenError]) -> str:
     try:
         return read_small(path, error).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise error(f"{path}: is not UTF-8 text ({e}); fetch it again") from None
+        raise _bad(path, f"is damaged ({e}), expected UTF-8 text; fetch it again", error) from None
 
 
 def read_json(path: Path, error: type[MinqwenError]) -> Any:
@@ -100,13 +111,11 @@ def read_json(path: Path, error: type[MinqwenError]) -> Any:
 
 
 def read_json_object(path: Path, error: type[MinqwenError]) -> dict[str, Any]:
-    """The object in a small JSON file; `error` if it holds another kind of value."""
+    """The object in a small JSON file; `error` if the file holds another kind of value."""
     value = read_json(path, error)
     if not isinstance(value, dict):
-        raise error(
-            f"{path}: the top level is {quoted(value, 100)}, expected a JSON object; "
-            "fetch the file again or repair it"
-        )
+        text = f"the top level is {quoted(value, 100)}, expected a JSON object"
+        raise _bad(path, f"{text}; fetch the file again or repair it", error)
     return value
 
 
@@ -115,28 +124,33 @@ def parse_json(data: bytes, where: object, error: type[MinqwenError]) -> Any:
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as e:  # also bad UTF-8, and integers too long for Python
-        raise error(
-            printable(
-                f"{where}: is not valid JSON ({e}), expected unique keys and nothing after the end; "
-                "fetch the file again or repair it"
-            )
-        ) from None
+        text = f"is not valid JSON ({e}), expected unique keys and nothing after the end"
+        raise _bad(where, f"{text}; fetch the file again or repair it", error) from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {quoted(twice)} appears more than once")
     return found
+
+
+def _bad(where: object, text: str, error: type[MinqwenError]) -> MinqwenError:
+    return error(printable(f"{where}: {text}"))
+
+
+def _unreadable(path: Path, e: OSError, error: type[MinqwenError]) -> MinqwenError:
+    reason = e.strerror or e
+    text = f"cannot be read ({reason}), expected a readable file; fetch the checkpoint again"
+    return _bad(path, text, error)
 
 
 # ---- writing ------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str, error: type[MinqwenError]) -> None:
-    """Write a file in one step: whoever reads it meanwhile sees the old one or the new one."""
+    """Write a file in one step: a reader sees the old text or the new one, never a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,38 +159,38 @@ def write_text(path: Path, text: str, error: type[MinqwenError]) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise error(
-            f"{path}: cannot be written ({e.strerror or e}), expected a writable directory; "
-            "choose another"
-        ) from None
+        text = f"cannot be written ({e.strerror or e}), expected a writable directory"
+        raise _bad(path, f"{text}; choose another", error) from None
 
 
 @contextlib.contextmanager
 def replacing_directory(
     destination: Path, error: type[MinqwenError], resume: str | None = None
 ) -> Iterator[Path]:
-    """A temporary sibling of `destination` to write into, which takes its place at the end.
+    """A temporary directory to write into; at the end it takes the place of `destination`.
 
-    All is written to `.NAME.tmp-PID` and flushed to the disk. Then one system call puts it in
-    place: rename, or Linux's renameat2(RENAME_EXCHANGE) where there is something to replace. Until
-    that call, whatever happens (a full disk, a kill, a power cut), the old directory is as it was;
-    after it, the new one is complete. What a killed writer leaves is removed by the next write to
-    the same destination. Where the exchange does not exist (macOS, some network file systems), the
-    old directory is first renamed to `.NAME.old-PID`: a kill between the two renames leaves it
+    All is written to the sibling `.NAME.tmp-PID` and flushed to the disk. Then one system call puts
+    it in place: rename, or Linux's renameat2(RENAME_EXCHANGE) where there is something to replace.
+    Whatever happens before that call (a full disk, a kill, a power cut), the old directory is as it
+    was; after it, the new one is complete. What a killed writer leaves is removed by the next write
+    to the same destination. Where the exchange does not exist (macOS, some network file systems),
+    the old directory is first renamed to `.NAME.old-PID`: a kill between the two renames leaves it
     there, whole, and nothing at the destination.
 
-    resume: a name for this very content. A writer that was killed or interrupted, or that filled
-    the disk, then leaves what it had, and the next one with the same name finds it in the
-    directory. An exception of class `error` says that the content is wrong: nothing is left then.
+    resume: a name for exactly this content. With it, a writer that is killed or interrupted, or
+    that fills the disk, leaves what it has written so far, and the next writer with the same name
+    finds that in the directory. An exception of class `error` says that the content is wrong: then
+    nothing is left.
     """
     temporary = destination.parent / f".{destination.name}.tmp-{resume or os.getpid()}"
     lock, keep = None, resume is not None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(destination, keep=temporary)
+        _remove_abandoned(destination, keep=temporary if resume else None)
         temporary.mkdir(exist_ok=resume is not None)
         lock = os.open(temporary, os.O_RDONLY)
-        # Held exactly as long as this process lives: `_remove_abandoned` of others looks at it.
+        # The lock ends with this process, so `_remove_abandoned` can tell a killed writer from a
+        # living one.
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield temporary
         keep = False
@@ -184,23 +198,21 @@ def replacing_directory(
             flush(path)
         _put_in_place(temporary, destination)
     except error:
-        keep = False  # wrong content does not get better by going on
+        keep = False  # to go on writing would not make wrong content right
         raise
     except OSError as e:
         name = f" ({e.filename})" if e.filename else ""
-        raise error(
-            f"{destination}: could not be written: {e.strerror or e}{name}; "
-            "what was there is as it was"
-        ) from None
+        text = f"could not be written: {e.strerror or e}{name}; what was there is as it was"
+        raise _bad(destination, text, error) from None
     finally:
         if lock is not None:
-            if not keep:  # half a directory or, after the exchange, the old one
+            if not keep:  # an unfinished directory or, after the exchange, the old one
                 shutil.rmtree(temporary, ignore_errors=True)
             os.close(lock)
 
 
 def flush(path: Path) -> None:
-    """Returns when the disk has the file or the directory's entries."""
+    """Wait until the disk has the contents of a file or the entries of a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -208,11 +220,11 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_abandoned(destination: Path, keep: Path) -> None:
-    """Remove what killed writers to this destination left; a living one holds a lock."""
+def _remove_abandoned(destination: Path, keep: Path | None) -> None:
+    """Remove what killed writers to this destination left, except `keep`."""
     for name in glob.glob(f".{glob.escape(destination.name)}.tmp-*", root_dir=destination.parent):
         path = destination.parent / name
-        if name == keep.name:
+        if path == keep:
             continue
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -222,13 +234,13 @@ def _remove_abandoned(destination: Path, keep: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
         except OSError:
-            pass  # locked: its writer lives
+            pass  # its writer lives and holds the lock
         finally:
             os.close(descriptor)
 
 
 def _put_in_place(new: Path, destination: Path) -> None:
-    """`new` becomes `destination`; what that was is then at `new`, to be removed."""
+    """`new` becomes `destination`. The caller removes the old directory, which is then at `new`."""
     if not destination.exists():
         os.rename(new, destination)
     elif not _exchange(new, destination):
@@ -240,13 +252,14 @@ def _put_in_place(new: Path, destination: Path) -> None:
             os.rename(old, destination)
             raise
         os.rename(old, new)
-    # It is in place; only a power cut within seconds could still bring the old one back.
+    # The new directory is in place. Without this flush, a power cut within seconds could bring the
+    # old one back; where the flush fails there is nothing better to do.
     with contextlib.suppress(OSError):
         flush(destination.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step; False where the system or the file system cannot."""
+    """Swap two directories in one step. False if the system or the file system cannot do that."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):

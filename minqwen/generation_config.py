@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minqwen.checks import boolean, integer, number, token_ids, wrong
+from minqwen.checks import boolean, integer, number, optional_integer, token_ids, wrong
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.files import read_json_object
@@ -100,7 +100,7 @@ class GenerationDefaults:
             repetition_penalty=number(at("repetition_penalty"), d.get("repetition_penalty", 1.0)),
             do_sample=do_sample,
             eos_token_ids=tuple(dict.fromkeys(stops)),
-            bos_token_id=integer(at("bos_token_id"), bos, 0, optional=True),
-            pad_token_id=integer(at("pad_token_id"), pad, 0, optional=True),
-            max_new_tokens=integer(at("max_new_tokens"), d.get("max_new_tokens"), 1, optional=True),
+            bos_token_id=optional_integer(at("bos_token_id"), bos, 0),
+            pad_token_id=optional_integer(at("pad_token_id"), pad, 0),
+            max_new_tokens=optional_integer(at("max_new_tokens"), d.get("max_new_tokens"), 1),
         )
