@@ -1,6 +1,7 @@
-"""What ends a broken run: a rank that is killed or stopped ends all ranks, with one line that names it.
+"""Ends a broken run: when a rank is killed or stops, all ranks end, with one line that names it.
 
-Without this the others would sit in a collective for as long as its timeout, and then name nobody.
+Without this the other ranks would wait in a collective until it times out, and its error would not
+say which rank is to blame.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
@@ -19,181 +23,262 @@ from minqwen.errors import ParallelError
 
 NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
-TORCHRUN = -1  # in place of a rank
+TORCHRUN = -1  # stands for torchrun's own process where ranks are numbered
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+class Process(NamedTuple):
+    """A process on some node. Two processes of one `space` give the same pid to the same process;
+    `space` is empty where that is unknown."""
+
+    pid: int
+    space: str
 
 
 class Watch(threading.Thread):
-    """The thread of each rank that watches the others; the first to notice prints the line, all then exit 1.
+    """A thread in every rank that watches all other ranks, which are called its peers.
 
-    Killed: the pidfd of every peer on this node (and of torchrun) becomes readable as the process ends; Linux
-    only. Stopped, hung in the kernel or cut off: its word in torchrun's store, a count it raises every
-    second, has stood still for `timeout` seconds; on this node it is then killed, or torchrun would wait 30 s
-    for it. A rank that ends of its own accord, for whatever reason, says so, and is missed only by a
-    collective that fails. Not noticed: a rank that lives but never joins a collective, for so does rank 0
-    waiting for its user.
+    The first rank that notices a lost peer prints the line; then all ranks exit with status 1. What
+    the watch notices:
 
-    When a rank fails torchrun sends the others SIGTERM; after Ctrl-C, SIGINT. They unwind by SystemExit, half
-    a second later so that this thread can name the reason first. A main thread stuck in a collective cannot,
-    so this one ends the process after two.
+    - A peer is killed or crashes. The pidfd of every peer on this node, and of torchrun, becomes
+      readable when that process ends. Only Linux has pidfds.
+    - A peer is stopped, hangs in the kernel or is cut off. Every rank keeps a word in torchrun's
+      store, a count that it raises at every beat (at least once a second). When a peer's word has
+      stood still for `timeout` seconds, the peer is lost. If it is on this node it is killed too,
+      because torchrun would wait 30 s for it.
+    - A peer ends of its own accord, for whatever reason. Its last word is then "left". That alone
+      is no loss, but it becomes one when a collective of this rank fails.
 
-    Raises ParallelError when a peer does not arrive within the timeout or 60 s, whichever is longer.
+    It does not notice a rank that lives but never joins a collective: rank 0 does the same while it
+    waits for its user.
+
+    When a rank fails, torchrun sends SIGTERM to the other ranks; after Ctrl-C it sends SIGINT.
+    Either signal raises SystemExit in the main thread, after half a second in which this thread can
+    name the reason. A main thread that is stuck in a collective cannot raise it, so this thread
+    ends the process two seconds after the signal.
+
+    Raises ParallelError when a peer does not arrive within the timeout or within 60 s, whichever is
+    longer.
     """
 
     def __init__(self, rank: int, size: int, timeout: float, store: dist.Store) -> None:
         super().__init__(name="minqwen-watch", daemon=True)
         self.rank, self.size, self.timeout, self.store = rank, size, timeout, store
-        self.beat, self.count, self.done, self.ended = min(1.0, timeout / 8), 0, False, False
-        self.failed_at, self.exit_at, self.exit_code = (
-            NEVER,
-            NEVER,
-            1,
-        )  # a collective failed; a signal came
+        self.beat = min(1.0, timeout / 8)  # seconds from one look at the others to the next
+        self.beats = 0
+        self.leaving = False  # this rank ends of its own accord
+        self.ended = False  # some rank has printed the line
+        self.failed_at = NEVER  # when a collective of this rank failed
+        self.exit_at = NEVER  # when to end this process because a signal came
+        self.exit_code = 1
         self.left: set[int] = set()  # peers that ended of their own accord, or are about to
-        self.lost: dict[int, str] = {}  # peers that did not, and torchrun: what became of them
-        self.pids, self.pidfds, self.poll = self._meet(max(timeout, 60)), {}, select.poll()
+        self.lost: dict[int, str] = {}  # other peers that are gone, or torchrun, and what happened
+        self.peers = self._meet(max(timeout, 60))
         self.looked = time.monotonic()
-        self.heard = {
-            r: (b"", self.looked) for r in self.pids
-        }  # each peer's last word and when it was new
-        for r, (pid, space) in {**self.pids, TORCHRUN: (os.getppid(), _pid_space())}.items():
-            if space and space == _pid_space():
-                try:
-                    self.pidfds[r] = os.pidfd_open(pid)
-                    self.poll.register(self.pidfds[r], select.POLLIN)
-                except ProcessLookupError:
-                    self.lost[r] = DIED
-                except (AttributeError, OSError):
-                    pass  # no pidfds on this system: silence will tell
+        self.words = dict.fromkeys(self.peers, b"")  # the last word of each peer ...
+        self.heard = dict.fromkeys(self.peers, self.looked)  # ... and when it was new
+        self.poll = select.poll()
+        self.pidfds: dict[int, int] = {}
+        for r, process in {**self.peers, TORCHRUN: Process(os.getppid(), _pid_space())}.items():
+            self._open_pidfd(r, process)
         self.waker, self.wake = os.pipe()
         os.set_blocking(self.wake, False)
         self.poll.register(self.waker, select.POLLIN)
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                    self.handlers[number] = signal.signal(number, _unwind)
+        self.handlers = self._catch_signals()
         self.start()
 
-    def _meet(self, patience: float) -> dict[int, tuple[int, str]]:
-        """Waits until every rank has written who it is. Returns each peer's pid and pid space."""
+    def _meet(self, patience: float) -> dict[int, Process]:
+        """Waits until every rank has written who it is. Returns each peer's process."""
         self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space()]))
         self.store.set(f"word/{self.rank}", "0")
-        peers, deadline = (
-            [r for r in range(self.size) if r != self.rank],
-            time.monotonic() + patience,
-        )
+        deadline = time.monotonic() + patience
+        peers = [r for r in range(self.size) if r != self.rank]
         for r in peers:
-            while not self.store.check(
-                [f"who/{r}", f"word/{r}"]
-            ):  # store.wait would hold up signals
-                if time.monotonic() > deadline:
-                    raise ParallelError(
-                        f"rank {r} of {self.size} did not arrive within {patience:g} s: see "
-                        "its messages, or set MINQWEN_TIMEOUT (seconds) higher"
-                    )
-                time.sleep(0.02)
-        return {r: json.loads(self.store.get(f"who/{r}")) for r in peers}
+            if not self._arrives(r, deadline):
+                raise ParallelError(
+                    f"rank {r} of {self.size} did not arrive within {patience:g} s: see "
+                    "its messages, or set MINQWEN_TIMEOUT (seconds) higher"
+                )
+        return {r: Process(*json.loads(self.store.get(f"who/{r}"))) for r in peers}
+
+    def _arrives(self, r: int, deadline: float) -> bool:
+        """Waits until rank r has written to the store. (store.wait would hold up signals.)"""
+        while not self.store.check([f"who/{r}", f"word/{r}"]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _open_pidfd(self, r: int, process: Process) -> None:
+        """Lets the poll report the end of a process on this node."""
+        if not process.space or process.space != _pid_space():
+            return
+        try:
+            self.pidfds[r] = os.pidfd_open(process.pid)
+            self.poll.register(self.pidfds[r], select.POLLIN)
+        except ProcessLookupError:
+            self.lost[r] = DIED
+        except (AttributeError, OSError):
+            pass  # this system has no pidfds: a dead peer is noticed by its silence
+
+    def _catch_signals(self) -> dict[signal.Signals, Handler]:
+        """Lets signals wake the poll and unwind the main thread. Returns the replaced handlers."""
+        replaced: dict[signal.Signals, Handler] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return replaced  # Python lets no other thread do this
+        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                replaced[number] = signal.signal(number, _unwind)
+        return replaced
 
     def run(self) -> None:
-        while not self.done:
+        """Looks at the others once a beat, until this rank leaves or the run is broken."""
+        while not self.leaving:
             self._look(self.beat)
             if self.lost or self.ended:
                 time.sleep(0.1)
-                self._look(0)  # who else died at the same time?
+                self._look(0)  # peers that died at the same time are named in the same line
                 self._end()
 
     def _look(self, wait: float) -> None:
-        """Waits up to `wait` seconds for something to happen, then brings left and lost up to date."""
+        """Waits up to `wait` seconds for something to happen, then updates `left` and `lost`."""
         ready = {fd for fd, _ in self.poll.poll(1000 * wait)}
         now = time.monotonic()
-        pause, self.looked = now - self.looked - wait, now
-        if pause > self.beat:  # it was this process that did not run: blame nobody for it
-            self.heard = {r: (word, then + pause) for r, (word, then) in self.heard.items()}
-        for number in os.read(self.waker, 64) if self.waker in ready else b"":
-            if number:  # a signal's; 0 only wakes
-                self.exit_at, self.exit_code = now + 2, 128 + number
+        self._forgive_own_pause(now, wait)
+        self._note_signals(ready, now)
         if self.pidfds.get(TORCHRUN) in ready:
             self.lost[TORCHRUN] = "torchrun " + DIED
-        if TORCHRUN not in self.lost:  # and its store with it
-            self._exchange(now)
-        for r in self.pids.keys() & self.pidfds.keys():
+        if TORCHRUN not in self.lost:  # the store is torchrun's and ends with it
+            self._exchange_words(now)
+        # After the exchange: a peer that leaves writes so before its process ends.
+        self._note_ended(ready)
+        self._note_silent(now)
+        self._note_missed(now)
+        if now > self.exit_at:
+            os._exit(self.exit_code)
+
+    def _forgive_own_pause(self, now: float, wait: float) -> None:
+        """When this process itself did not run for a while, no peer is blamed for that time."""
+        pause = now - self.looked - wait
+        self.looked = now
+        if pause > self.beat:
+            self.heard = {r: then + pause for r, then in self.heard.items()}
+
+    def _note_signals(self, ready: set[int], now: float) -> None:
+        """After a signal the main thread has two seconds to end this process."""
+        if self.waker not in ready:
+            return
+        for number in os.read(self.waker, 64):
+            if number:  # a 0 only wakes the poll
+                self.exit_at, self.exit_code = now + 2, 128 + number
+
+    def _exchange_words(self, now: float) -> None:
+        """Writes this rank's word to the store and reads those of its peers."""
+        self.beats += 1
+        try:
+            self.store.set(f"word/{self.rank}", "left" if self.leaving else str(self.beats))
+            words = self.store.multi_get([f"word/{r}" for r in self.peers])
+            self.ended = self.store.check(["ended"])
+        except RuntimeError:
+            self.lost[TORCHRUN] = "torchrun's store does not answer"
+            return
+        for r, word in zip(self.peers, words):
+            self._hear(r, word, now)
+
+    def _hear(self, r: int, word: bytes, now: float) -> None:
+        if word != self.words[r]:
+            self.words[r], self.heard[r] = word, now
+        if word == b"left":
+            self.left.add(r)
+
+    def _note_ended(self, ready: set[int]) -> None:
+        """A peer whose process ended is lost, unless it left of its own accord."""
+        for r in self.peers.keys() & self.pidfds.keys():
             if self.pidfds[r] in ready:
                 self.poll.unregister(self.pidfds[r])
                 if r not in self.left:
                     self.lost[r] = DIED
+
+    def _note_silent(self, now: float) -> None:
+        """A peer is lost when its word stands still. After a failed collective, 5 s are enough."""
         patience = self.timeout if self.failed_at == NEVER else min(self.timeout, 5)
-        for r, (_, then) in self.heard.items():
+        for r, then in self.heard.items():
             if now - then > patience and r not in self.left:
                 self.lost.setdefault(r, f"has been silent for {patience:g} s (stopped or hung)")
+
+    def _note_missed(self, now: float) -> None:
+        """A second after a failed collective, the peers that left are to blame for it. But when a
+        signal ends this rank, the run is ending anyway and nobody is."""
         if now > self.failed_at + 1 and self.exit_at == NEVER:
-            self.lost |= {r: "left while it was still needed" for r in self.left}
-        if now > self.exit_at:
-            os._exit(self.exit_code)
+            self.lost |= dict.fromkeys(self.left, "left while it was still needed")
 
-    def _exchange(self, now: float) -> None:
-        try:
-            self.count += 1
-            self.store.set(f"word/{self.rank}", "left" if self.done else str(self.count))
-            for r, word in zip(self.heard, self.store.multi_get([f"word/{r}" for r in self.heard])):
-                if word != self.heard[r][0]:
-                    self.heard[r] = (word, now)
-                if word == b"left":
-                    self.left.add(r)
-            self.ended = self.store.check(["ended"])
-        except RuntimeError:
-            self.lost[TORCHRUN] = "torchrun's store does not answer"
-
-    def _end(self) -> None:
-        try:
-            if TORCHRUN not in self.lost:
-                first = self.store.add("ended", 1) == 1
-            else:
-                first = self.rank == min(set(range(self.size)) - self.left - self.lost.keys())
-        except RuntimeError:
-            first = True
-        if first:
-            names = {
-                r: f"rank {r} of {self.size} (pid {pid}) " for r, (pid, _) in self.pids.items()
-            }
-            what = "; ".join(names.get(r, "") + what for r, what in sorted(self.lost.items()))
-            os.write(2, f"error: {what}: all ranks stop\n".encode())
-        for r in (self.pids.keys() & self.pidfds.keys() & self.lost.keys()) - self.left:
+    def _end(self) -> NoReturn:
+        """Prints the line if no other rank does, kills the lost ranks of this node, and exits."""
+        if self._is_first():
+            os.write(2, f"error: {self._reasons()}: all ranks stop\n".encode())
+        for r in (self.peers.keys() & self.pidfds.keys() & self.lost.keys()) - self.left:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfds[r], signal.SIGKILL)
         os._exit(1)
 
+    def _is_first(self) -> bool:
+        """Whether this rank prints the line: the first to ask the store does. Without the store it
+        is the lowest rank that is still there."""
+        if TORCHRUN in self.lost:
+            return self.rank == min(set(range(self.size)) - self.left - self.lost.keys())
+        try:
+            return self.store.add("ended", 1) == 1
+        except RuntimeError:
+            return True  # two lines are better than none
+
+    def _reasons(self) -> str:
+        """What happened to each lost peer, in the order of their ranks."""
+        reasons = []
+        for r, reason in sorted(self.lost.items()):
+            if r != TORCHRUN:
+                reason = f"rank {r} of {self.size} (pid {self.peers[r].pid}) {reason}"
+            reasons.append(reason)
+        return "; ".join(reasons)
+
     def investigate(self) -> None:
-        """Called when a collective failed. Returns only if, after 7 s, no peer can be blamed for it."""
+        """The main thread calls this when a collective failed. If a peer is to blame, this process
+        ends meanwhile; it returns only if none is found in 7 s."""
         self.failed_at = time.monotonic()
         time.sleep(7)
         self.failed_at = NEVER
 
     def leave(self, linger: float) -> None:
-        """Says goodbye and stops watching; first waits up to `linger` seconds for the others to leave too."""
-        self.done = True
+        """Tells the others that this rank leaves, waits up to `linger` seconds for them to leave
+        too, and stops watching. If a peer is lost meanwhile, this process ends."""
+        self.leaving = True
         os.write(self.wake, b"\0")
         self.join()
-        deadline = time.monotonic() + linger
-        while True:
-            self._look(0.02 if linger else 0)
-            if self.lost and linger:
-                self._end()
-            if self.left >= self.pids.keys() or time.monotonic() >= deadline:
-                break
+        self._look(0)  # this writes the last word
+        if linger:
+            self._wait_for_others(time.monotonic() + linger)
         if self.handlers and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
 
+    def _wait_for_others(self, deadline: float) -> None:
+        while not self.lost and self.left != self.peers.keys() and time.monotonic() < deadline:
+            self._look(0.02)
+        if self.lost:
+            self._end()
 
-def _unwind(number: int, frame: object) -> None:
+
+def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the main thread, after the watch has had time to name the reason."""
     time.sleep(0.5)
     raise SystemExit(128 + number)
 
 
 def _pid_space() -> str:
-    """Equal for two processes in which a pid means the same process; empty where that is unknown."""
+    """The `space` of this process: this boot of this machine, and the process's pid namespace."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read() + os.readlink("/proc/self/ns/pid")
