@@ -1,13 +1,14 @@
-"""Tensor parallelism: the plan of who holds which rows, and the mesh of ranks that exchange sums.
+"""Tensor parallelism: the plan of which rank holds which rows, and the mesh of ranks.
 
-Every rank runs the same program on the same requests (SPMD, started by `torchrun`); only tensors cross
-ranks. The plan is Megatron-LM's (Shoeybi et al. 2019, arXiv:1909.08053): split a projection by its output
-rows and the next one by its input columns, and one sum over ranks finishes the block.
+Every rank runs the same program on the same requests (SPMD, started by `torchrun`); only tensors
+cross ranks. The plan is Megatron-LM's (Shoeybi et al. 2019, arXiv:1909.08053): split a projection
+by its output rows and the next one by its input columns; then one sum over ranks finishes both.
 
-What listens where, on one node: gloo and NCCL bind to loopback only (from_env sets GLOO_SOCKET_IFNAME and
-NCCL_SOCKET_IFNAME unless the user did). torchrun's own store listens on every interface, on two ports (one
-with `--master-addr 127.0.0.1 --master-port N`), without a password, and has no option for it: on a network
-you do not trust use a firewall, or a network namespace that has only loopback.
+Who listens on the network when all ranks run on one node: gloo and NCCL bind to loopback only
+(from_env sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME unless the user did). torchrun's own store
+listens on every interface, on two ports (on one with `--master-addr 127.0.0.1 --master-port N`). It
+has no password and no option for loopback: on a network that you do not trust use a firewall, or a
+network namespace that has only loopback.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ParallelError
 from minqwen.watch import Watch
 
-# ---------------------------------------------------------------------------------------------- the plan
-# Parameter suffix -> what it is split by. A name that is not here (the norms, o_proj.bias, which is added
-# once after the sum) is whole on every rank. Column-parallel parameters split dim 0, their output, ...
+# ------------------------------------------------------------------------------------- the plan
+# Suffix of a parameter's name -> (dimension that is split, what it is split by). A parameter that
+# is not here is whole on every rank: the norms, and o_proj.bias, which is added once after the sum.
+# Column-parallel parameters split dim 0, their output. Row-parallel ones split dim 1, their input;
+# their partial results are summed over ranks.
 PLAN = {
     "embed_tokens.weight": (0, "vocabulary"),
     "lm_head.weight": (0, "vocabulary"),
@@ -40,7 +44,6 @@ PLAN = {
     "v_proj.bias": (0, "kv heads"),
     "gate_proj.weight": (0, "intermediate"),
     "up_proj.weight": (0, "intermediate"),
-    # ... row-parallel ones dim 1, their input; the partial results are summed over ranks.
     "o_proj.weight": (1, "query heads"),
     "down_proj.weight": (1, "intermediate"),
 }
@@ -56,56 +59,36 @@ class Shard:
 
 
 def kv_heads_per_rank(config: ModelConfig, size: int) -> int:
-    """Key/value heads that each of `size` ranks holds: with more ranks than heads, a copy of one."""
+    """Key/value heads that each of `size` ranks holds: a copy of one, if there are more ranks."""
     return max(config.num_key_value_heads // size, 1)
 
 
 def vocab_rows_per_rank(config: ModelConfig, size: int) -> int:
     """Rows of the vocabulary in one rank's piece, ceil(V / size); the last ranks may hold fewer."""
-    return -(-config.vocab_size // size)
+    return _ceil_divide(config.vocab_size, size)
 
 
 def shard(name: str, config: ModelConfig, rank: int, size: int) -> Shard | None:
-    """The part of parameter `name` that `rank` of `size` holds, or None where every rank holds all of it.
+    """The part of parameter `name` that `rank` of `size` holds; None if every rank holds all of it.
 
-    Heads and intermediate channels split evenly. With more ranks than key/value heads, size / K neighbours
-    hold the same one: rank r that of its own query heads, r * K // size. The vocabulary splits in pieces of
-    ceil(V / size) rows; the last ranks may hold fewer, even none.
+    Heads and intermediate channels split evenly. With more ranks than key/value heads, size / K
+    neighbours hold the same head: rank r holds head r * K // size, which its own query heads use.
+    The vocabulary splits in pieces of ceil(V / size) rows; the last ranks may hold fewer, or none.
     """
-    parts = name.rsplit(".", 2)
-    dim, what = PLAN.get(".".join(parts[-2:]), (0, None))
-    if what is None or size == 1:
+    suffix = ".".join(name.split(".")[-2:])
+    if size == 1 or suffix not in PLAN:
         return None
-    if what == "vocabulary":
-        rows = vocab_rows_per_rank(config, size)
-        return Shard(
-            dim, min(rank * rows, config.vocab_size), min((rank + 1) * rows, config.vocab_size)
-        )
-    if what == "kv heads":
-        kv_heads, d = config.num_key_value_heads, config.head_dim
-        first = rank * kv_heads // size
-        return Shard(dim, first * d, (first + kv_heads_per_rank(config, size)) * d)
-    rows = (config.q_size if what == "query heads" else config.intermediate_size) // size
+    dim, split_by = PLAN[suffix]
+    if split_by == "vocabulary":
+        rows, last = vocab_rows_per_rank(config, size), config.vocab_size
+        return Shard(dim, min(rank * rows, last), min((rank + 1) * rows, last))
+    if split_by == "kv heads":
+        rows = kv_heads_per_rank(config, size) * config.head_dim
+        start = rank * config.num_key_value_heads // size * config.head_dim
+        return Shard(dim, start, start + rows)
+    whole = config.q_size if split_by == "query heads" else config.intermediate_size
+    rows = whole // size
     return Shard(dim, rank * rows, (rank + 1) * rows)
-
-
-def _obstacles(config: ModelConfig, size: int) -> list[str]:
-    """Why `size` ranks cannot share the model, one phrase per reason; empty when they can."""
-    heads, kv_heads, width = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.intermediate_size,
-    )
-    found = []
-    if kv_heads % size and size % kv_heads:
-        found.append(f"{kv_heads} key/value heads neither divide by {size} nor divide it")
-    elif (
-        heads % size
-    ):  # with size = m K this is also "m divides H / K": no rank's heads span two KV groups
-        found.append(f"{heads} query heads do not divide by {size}")
-    if width % size:
-        found.append(f"intermediate_size {width} does not divide by {size}")
-    return found
 
 
 def valid_degrees(config: ModelConfig, up_to: int = 64) -> list[int]:
@@ -114,30 +97,52 @@ def valid_degrees(config: ModelConfig, up_to: int = 64) -> list[int]:
 
 
 def check_degree(config: ModelConfig, size: int) -> None:
-    """Raises ParallelError, before any weight is read, when `size` ranks cannot share the model. The line
-    says why, which degrees work, and to how many query heads to extend when that would allow `size`."""
+    """Raises ParallelError, before any weight is read, when `size` ranks cannot share the model.
+
+    The line says why, which degrees work, and to how many query heads to extend if that would help.
+    """
     obstacles = _obstacles(config, size) if size >= 1 else ["a degree is at least 1"]
     if not obstacles:
         return
+    degrees = ", ".join(map(str, valid_degrees(config, max(64, 2 * size))))
     line = (
         f"tensor-parallel degree {size} does not fit this model: {'; '.join(obstacles)}; "
-        f"degrees that work: {', '.join(map(str, valid_degrees(config, max(64, 2 * size))))}"
+        f"degrees that work: {degrees}"
     )
     if len(obstacles) == 1 and "query heads" in obstacles[0]:
-        heads = (
-            -(-config.num_attention_heads // size) * size
-        )  # a multiple of K too, as K divides size
+        # K divides `size` here, or there would be no obstacle: the result is a multiple of K too.
+        heads = _ceil_divide(config.num_attention_heads, size) * size
         line += f"; or extend to {heads} heads: tools/heads.py extend"
     raise ParallelError(line)
 
 
-# ---------------------------------------------------------------------------------------------- the mesh
-class Mesh:
-    """The ranks that share one model. Mesh() alone is rank 0 of 1, where every collective is the identity.
+def _obstacles(config: ModelConfig, size: int) -> list[str]:
+    """Why `size` ranks cannot share the model, one phrase for each reason; empty when they can."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    width = config.intermediate_size
+    found = []
+    if kv_heads % size and size % kv_heads:
+        found.append(f"{kv_heads} key/value heads neither divide by {size} nor divide it")
+    elif heads % size:
+        # Where size = m * K this also says that m does not divide H / K. If m divides it, the query
+        # heads of every rank use one key/value head.
+        found.append(f"{heads} query heads do not divide by {size}")
+    if width % size:
+        found.append(f"intermediate_size {width} does not divide by {size}")
+    return found
 
-    A collective is called by all ranks, in the same order, with equal shapes and dtypes; use what it returns,
-    its argument may be overwritten. The result is the same on every rank, bit for bit. When a peer is gone
-    it does not raise: this process ends (watch.py).
+
+def _ceil_divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ------------------------------------------------------------------------------------- the mesh
+class Mesh:
+    """The ranks that share one model. Mesh() is rank 0 of 1: its collectives return their argument.
+
+    All ranks call the same collectives in the same order, with equal shapes and dtypes. Use what a
+    collective returns, because its argument may be overwritten. The result is the same on every
+    rank, bit for bit. When a peer is gone, a collective does not raise: watch.py ends the process.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -148,14 +153,15 @@ class Mesh:
     def from_env(
         cls, device: str | torch.device | None = None, timeout_s: float | None = None
     ) -> Mesh:
-        """The mesh that torchrun's variables describe, over NCCL on GPUs or gloo on CPUs; without them rank 0
-        of 1 and no process group.
+        """The mesh that torchrun's variables describe, over NCCL on GPUs or gloo on CPUs. Without
+        these variables it is rank 0 of 1, and there is no process group.
 
-        device: "cuda" (this rank's own), "cpu", or None: GPUs if there is one for every rank of the node.
-        timeout_s: seconds of silence after which a rank counts as stopped and all end; default
-        $MINQWEN_TIMEOUT, else 60. Also how long to wait for all to arrive, then no less than 60.
+        device: "cuda" (this rank's own GPU), "cpu", or None: GPUs if the node has one per rank.
+        timeout_s: seconds of silence after which a rank counts as stopped and all ranks end;
+        default $MINQWEN_TIMEOUT, else 60. Arriving may take as long, and in any case 60 s.
         CPU ranks take cores / ranks threads each, unless the user set OMP_NUM_THREADS.
-        Raises ParallelError when a variable makes no sense, a GPU is missing, or a rank does not arrive.
+        Raises ParallelError when a variable makes no sense, a GPU is missing, or a rank does not
+        arrive.
         """
         size, rank = _env_number("WORLD_SIZE", 1), _env_number("RANK", 0)
         local_size, local_rank = _env_number("LOCAL_WORLD_SIZE", 1), _env_number("LOCAL_RANK", 0)
@@ -165,66 +171,35 @@ class Mesh:
                 f"RANK {rank}, WORLD_SIZE {size}, timeout {timeout:g} s: expected 0 <= RANK "
                 "< WORLD_SIZE and a timeout (MINQWEN_TIMEOUT) above 0"
             )
-        gpus = torch.cuda.device_count()
-        mesh = cls(device or ("cuda" if gpus >= local_size else "cpu"))
+        mesh = cls(device or ("cuda" if torch.cuda.device_count() >= local_size else "cpu"))
         if mesh.device.type == "cuda":
-            if local_rank >= gpus:
-                raise ParallelError(
-                    f"rank {rank} needs GPU {local_rank} but this machine has {gpus}: start "
-                    f"at most {gpus} ranks per node, or use device cpu"
-                )
-            if size > 1 or mesh.device.index is None:
-                mesh.device = torch.device("cuda", local_rank)
+            mesh.device = _gpu_of(mesh.device, rank, local_rank, only=size == 1)
             torch.cuda.set_device(mesh.device)
-        elif local_size > 1 and not _user_chose_threads():
-            cores = (
-                len(os.sched_getaffinity(0))
-                if hasattr(os, "sched_getaffinity")
-                else os.cpu_count() or 1
-            )
-            torch.set_num_threads(max(1, cores // local_size))
+        else:
+            _share_cores(local_size)
         if size > 1:
             mesh.rank, mesh.size = rank, size
             mesh._connect(timeout, single_node=local_size == size)
         return mesh
 
     def _connect(self, timeout: float, single_node: bool) -> None:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
-            raise ParallelError(
-                f"WORLD_SIZE is {self.size}, but "
-                + (
-                    "this process has a process group already: hand its mesh on instead of making another"
-                    if dist.is_initialized()
-                    else "torchrun's store is missing: start the ranks with torchrun"
-                )
-            )
-        loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-        for variable in (
-            ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if single_node and loopback else ()
-        ):
-            os.environ.setdefault(variable, loopback[0])
-        host, port = os.environ.get("MASTER_ADDR", "localhost"), _env_number("MASTER_PORT", 29500)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        try:  # two connections: one that waits inside the process group would keep the watch waiting
-            mine, group = (
-                dist.PrefixStore(
-                    f"minqwen/{attempt}/{user}", dist.TCPStore(host, port, is_master=False)
-                )
-                for user in ("watch", "group")
-            )
-        except RuntimeError as error:
-            raise ParallelError(
-                f"rank {self.rank} cannot reach torchrun's store at {host}:{port}: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-        self._watch = Watch(self.rank, self.size, timeout, mine)
+        """Starts the watch and the process group, each with its own connection to torchrun's store.
+
+        On one connection, a process group that waits for something would keep the watch waiting.
+        """
+        self._check_torchrun()
+        if single_node:
+            _bind_to_loopback()
+        watched, grouped = self._store("watch"), self._store("group")
+        self._watch = Watch(self.rank, self.size, timeout, watched)
         atexit.register(self.close, linger=0)
         cuda = self.device.type == "cuda"
-        # The group's own timeout would end a chat whose user is thinking; silence is the watch's business.
+        # A short timeout of the group would end a chat whose user is thinking. The watch notices a
+        # silent rank.
         self._run(
             lambda: dist.init_process_group(
                 "nccl" if cuda else "gloo",
-                store=group,
+                store=grouped,
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(days=1),
@@ -232,18 +207,45 @@ class Mesh:
             )
         )
 
+    def _check_torchrun(self) -> None:
+        if dist.is_initialized():
+            raise ParallelError(
+                f"WORLD_SIZE is {self.size}, but this process has a process group already: "
+                "hand its mesh on instead of making another"
+            )
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            raise ParallelError(
+                f"WORLD_SIZE is {self.size}, but torchrun's store is missing: "
+                "start the ranks with torchrun"
+            )
+
+    def _store(self, user: str) -> dist.Store:
+        """A new connection to torchrun's store. Each user, after each restart, has its own keys."""
+        host, port = os.environ.get("MASTER_ADDR", "localhost"), _env_number("MASTER_PORT", 29500)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        try:
+            store = dist.TCPStore(host, port, is_master=False)
+        except RuntimeError as error:
+            raise ParallelError(
+                f"rank {self.rank} cannot reach torchrun's store at {host}:{port}: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+        return dist.PrefixStore(f"minqwen/{attempt}/{user}", store)
+
     def _run(self, collective: Callable[[], object]) -> None:
         try:
             collective()
         except RuntimeError:
-            self._watch.investigate()  # does not return if a peer is gone; otherwise the error is our own
+            if self._watch is not None:
+                self._watch.investigate()  # it returns only if no peer is to blame
             raise
 
-    def all_reduce(
-        self, t: torch.Tensor, op: str = "sum", dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """Elementwise "sum" or "max" over ranks, any shape and dtype. With `dtype` it is taken in that and
-        rounded once to t's own: the sum of bfloat16 partial results belongs in float32."""
+    def all_reduce(self, t: Tensor, op: str = "sum", dtype: torch.dtype | None = None) -> Tensor:
+        """Elementwise "sum" or "max" over ranks, any shape and dtype.
+
+        With `dtype` it is computed in that and rounded once to t's own: the sum of bfloat16 partial
+        results belongs in float32.
+        """
         if self.size == 1:
             return t
         total = t.to(dtype or t.dtype).contiguous()
@@ -251,17 +253,16 @@ class Mesh:
         self._run(lambda: dist.all_reduce(total, operation))
         return total.to(t.dtype)
 
-    def all_gather(self, t: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def all_gather(self, t: Tensor, dim: int = -1) -> Tensor:
         """Every rank's `t`, concatenated along `dim` in rank order."""
         if self.size == 1:
             return t
-        parts = [
-            torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)
-        ]
-        self._run(lambda: dist.all_gather(parts, t.contiguous()))
+        t = t.contiguous()
+        parts = [torch.empty_like(t) for _ in range(self.size)]
+        self._run(lambda: dist.all_gather(parts, t))
         return torch.cat(parts, dim)
 
-    def broadcast(self, t: torch.Tensor, src: int = 0) -> torch.Tensor:
+    def broadcast(self, t: Tensor, src: int = 0) -> Tensor:
         """Rank `src`'s `t`; the others pass any tensor of its shape and dtype."""
         if self.size == 1:
             return t
@@ -274,12 +275,15 @@ class Mesh:
         self.all_reduce(torch.zeros(1, device=self.device)).item()
 
     def close(self, linger: float = 5) -> None:
-        """Leaves the mesh once all ranks do, or after `linger` seconds. Safe to repeat; also runs at exit."""
+        """Leaves the mesh once all ranks do, or after `linger` seconds. A second call does nothing.
+        It also runs when the process exits."""
         watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.leave(linger)
-            if linger and dist.is_initialized():  # with work outstanding it could wait for ever
-                dist.destroy_process_group()
+        if watch is None:
+            return
+        watch.leave(linger)
+        # At exit (linger is 0) a collective may be unfinished, and this would wait for it for ever.
+        if linger and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 SINGLE = Mesh()
@@ -294,9 +298,33 @@ def _env_number(name: str, default: int) -> int:
         ) from None
 
 
+def _gpu_of(device: torch.device, rank: int, local_rank: int, only: bool) -> torch.device:
+    """The GPU with this rank's number on its node; the `only` rank may have named another."""
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ParallelError(
+            f"rank {rank} needs GPU {local_rank} but this machine has {gpus}: start "
+            f"at most {gpus} ranks per node, or use device cpu"
+        )
+    if only and device.index is not None:
+        return device
+    return torch.device("cuda", local_rank)
+
+
+def _share_cores(ranks: int) -> None:
+    """Gives each of several ranks on this node its share of the cores, unless the user chose."""
+    if ranks == 1 or _user_chose_threads():
+        return
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // ranks))
+
+
 def _user_chose_threads() -> bool:
-    """torchrun sets OMP_NUM_THREADS=1 where the user set nothing. Its ranks inherit that, but the kernel
-    still shows the environment that torchrun itself was started with."""
+    """Whether the user set OMP_NUM_THREADS. If not, torchrun sets it to 1 for its ranks; but the
+    kernel still shows the environment that torchrun itself was started with."""
     if os.environ.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return "OMP_NUM_THREADS" in os.environ
     try:
@@ -304,3 +332,11 @@ def _user_chose_threads() -> bool:
             return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in file.read().split(b"\0"))
     except OSError:
         return True
+
+
+def _bind_to_loopback() -> None:
+    """gloo and NCCL use loopback, where there is one and the user chose no interface."""
+    for _, interface in socket.if_nameindex():
+        if interface in ("lo", "lo0"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
