@@ -28,7 +28,7 @@ from minqwen.engine.scheduler import Scheduler, Sequence
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
 from minqwen.generation_config import GenerationDefaults
 from minqwen.model import Batch, Qwen2
-from minqwen.model.memory import pages_that_fit
+from minqwen.model.memory import blocks_that_fit
 from minqwen.model.trace import UNTRACED, Seen, Tap, select
 from minqwen.parallel import Mesh
 from minqwen.sampling.draw import Row, bad_word_ids, sample
@@ -623,7 +623,7 @@ class LLM:
             num_blocks = kv_cache_bytes // block_bytes
         elif num_blocks is None:
             exact = self.model.ops.name == "exact"  # computes in float64
-            num_blocks = pages_that_fit(
+            num_blocks = blocks_that_fit(
                 c,
                 self._room(gpu_memory_utilization),
                 block_bytes,

@@ -1,7 +1,8 @@
 """How much memory a model takes on each GPU, what fits, and how fast it can be at best.
 
-Weights are counted tensor by tensor through the plan that the ranks load by (`parallel.shard`), the cache in whole
-pages, a step's activations by `model/memory.py`. GB are 10^9 bytes. Letters as in config.py.
+Weights are counted tensor by tensor, with the same slices that the ranks load (`parallel.shard`).
+The KV cache is counted in whole blocks, a step's activations by `model/memory.py`. GB are 10^9
+bytes. Letters as in config.py.
 """
 
 from __future__ import annotations
@@ -9,18 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minqwen.checkpoint.quantization import Packing
+from minqwen.checks import integer
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import ConfigError
-from minqwen.model.memory import largest, step_phases, worst_steps
+from minqwen.model.memory import block_bytes, largest, step_phases, worst_steps
 from minqwen.parallel import check_degree, shard
 
 GB = 10**9
 CAPACITIES = (24, 40, 48, 80, 141)  # GB of the cards below
+MAX_CONTEXT = 1 << 30  # tokens: the search for the largest context ends here
 
 
 @dataclass(frozen=True)
 class Card:
-    """gb: memory. bandwidth: bytes per second. flops: per second, dense, 16-bit tensor cores with float32 sums."""
+    """A GPU. gb: its memory. bandwidth: bytes per second. flops: per second.
+
+    FLOPs are dense, of 16-bit tensor cores with float32 sums.
+    """
 
     gb: int
     bandwidth: float
@@ -47,11 +53,12 @@ QUANTIZATIONS = ("none", "int8", *PACKINGS)  # int8: a byte per weight and one s
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes on the fullest of `size` GPUs for `batch` sequences of `context` tokens each, and what a step costs it.
+class Estimate:
+    """Bytes on the fullest of `size` GPUs, and the work of a step, for one load.
 
-    weights; kv_cache: whole pages; activations: the peak of the worst step, reached in its `phase`. decode_bytes:
-    read to make one token for every sequence, decode_flops: computed for them. prefill_flops: of all prompts.
+    The load is `batch` sequences of `context` tokens each. kv_cache: whole blocks. activations: the
+    most that the worst step holds, in its `phase`. decode_bytes: read to make one token for every
+    sequence. decode_flops: computed for these tokens. prefill_flops: for all prompts.
     """
 
     size: int
@@ -73,7 +80,7 @@ class Plan:
         return self.weights + self.kv_cache + self.activations
 
     def decode_seconds(self, card: Card) -> float:
-        """No decode step is faster: every weight and every cached key and value is read once, or computed with."""
+        """No decode step is faster: all weights, keys and values are read and computed with."""
         return max(self.decode_bytes / card.bandwidth, self.decode_flops / card.flops)
 
     def prefill_seconds(self, card: Card) -> float:
@@ -81,84 +88,105 @@ class Plan:
         return self.prefill_flops / card.flops
 
 
-def packing_of(config: ModelConfig, quantization: str | None) -> tuple[str, Packing | None]:
-    """(name, layout) of a member of QUANTIZATIONS; None: what config.json says. Raises ConfigError, HeadsError."""
-    if quantization is None and config.quantization_config:
-        packing = Packing.read(config.quantization_config, config.source)
-        return f"{packing.method} {packing.bits}-bit", packing
-    name = quantization or "none"
-    if name not in QUANTIZATIONS:
-        raise ConfigError(
-            f"quantization is {quantization!r}, expected one of {', '.join(QUANTIZATIONS)}"
-        )
-    return name, PACKINGS.get(name)
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the weights of the seven projections of a layer are stored; all others are not quantised.
 
-
-def tensor_bytes(
-    name: str,
-    config: ModelConfig,
-    rank: int,
-    size: int,
-    item: int,
-    quantization: str,
-    packing: Packing | None,
-) -> int:
-    """Bytes of one parameter on one rank. The seven projections of a layer are quantised, the rest is 16-bit.
-
-    Packed (packed_heads.py has the layouts): words of 32 / b numbers, zero points and 16-bit scales for every group
-    that the rank's inputs touch, and for GPTQ an int32 per input.
+    name: for people. item: bytes of a number that is not quantised, and of an int8 scale. packing:
+    of AWQ and GPTQ, else None.
     """
-    shape, mine = list(config.parameter_shapes()[name]), shard(name, config, rank, size)
-    first = 0  # input of a linear layer that this rank begins with
+
+    name: str
+    item: int
+    packing: Packing | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig, item: int, quantization: str | None) -> WeightFormat:
+        """That of a member of QUANTIZATIONS; None: what config.json says.
+
+        Raises ConfigError for another name, CheckpointError for a config that is not understood.
+        """
+        if quantization is None and config.quantization_config:
+            packing = Packing.read(config.quantization_config, config.source)
+            return cls(f"{packing.method} {packing.bits}-bit", item, packing)
+        name = quantization or "none"
+        if name not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization is {quantization!r}, expected one of {', '.join(QUANTIZATIONS)}"
+            )
+        return cls(name, item, PACKINGS.get(name))
+
+    def vector_bytes(self, length: int) -> int:
+        return self.item * length
+
+    def matrix_bytes(self, name: str, outputs: int, inputs: range, all_inputs: int) -> int:
+        """Of a rank's slice of a weight: its outputs, and which of the layer's inputs it has."""
+        if not name.endswith("_proj.weight") or self.name == "none":
+            return self.item * outputs * len(inputs)
+        if self.packing is None:
+            return outputs * len(inputs) + self.item * outputs
+        return packed_bytes(self.packing, outputs, inputs, all_inputs)
+
+
+def packed_bytes(packing: Packing, outputs: int, inputs: range, all_inputs: int) -> int:
+    """Bytes of an AWQ or GPTQ weight (`checkpoint/quantization.py` has the layouts).
+
+    These are int32 words of 32 / bits numbers; zero points and 16-bit scales for every group that
+    the rank's inputs touch; and for GPTQ an int32 for each input.
+    """
+    group = packing.group if packing.group > 0 else all_inputs
+    groups = -(-inputs.stop // group) - inputs.start // group
+    zeros = -(-outputs // packing.pack)  # words
+    if packing.method == "awq":
+        words, group_indices = len(inputs) * zeros, 0
+    else:
+        words, group_indices = -(-len(inputs) // packing.pack) * outputs, len(inputs)
+    return 4 * (words + group_indices) + groups * (4 * zeros + 2 * outputs)
+
+
+def tensor_bytes(name: str, config: ModelConfig, rank: int, size: int, form: WeightFormat) -> int:
+    """Bytes of one parameter on one of `size` ranks."""
+    shape = config.parameter_shapes()[name]
+    held = [range(length) for length in shape]
+    mine = shard(name, config, rank, size)
     if mine is not None:
-        shape[mine.dim] = mine.stop - mine.start
-        first = mine.start if mine.dim == 1 else 0
-    if not name.endswith("_proj.weight") or quantization == "none":
-        return item * shape[0] * (shape[1] if len(shape) == 2 else 1)
-    outputs, inputs = shape
-    if packing is None:
-        return outputs * inputs + item * outputs
-    group = packing.group if packing.group > 0 else config.parameter_shapes()[name][1]
-    groups = -(-(first + inputs) // group) - first // group
-    words = -(-outputs // packing.pack)
-    qweight = 4 * (
-        inputs * words if packing.method == "awq" else -(-inputs // packing.pack) * outputs
-    )
-    return (
-        qweight
-        + groups * (4 * words + 2 * outputs)
-        + (4 * inputs if packing.method == "gptq" else 0)
-    )
+        held[mine.dim] = range(mine.start, mine.stop)
+    if len(shape) == 1:
+        return form.vector_bytes(len(held[0]))
+    return form.matrix_bytes(name, len(held[0]), held[1], shape[1])
 
 
 def rank_weights(
     config: ModelConfig, size: int, dtype: str, quantization: str | None = None
 ) -> list[dict[str, int]]:
-    """For each rank, the bytes of each of its parameters. Raises ParallelError for a degree that cannot work."""
+    """For each rank, the bytes of each of its parameters.
+
+    dtype: the name of the dtype of what is not quantised. quantization: as in `WeightFormat.of`.
+    Raises ParallelError for a degree that cannot work.
+    """
     check_degree(config, size)
-    kind, packing = packing_of(config, quantization)
-    one = config.replace(num_hidden_layers=1, quantization_config=None)  # all layers are alike
-    ranks = []
-    for rank in range(size):
-        held = {
-            name: tensor_bytes(name, one, rank, size, BYTES_PER_ELEMENT[dtype], kind, packing)
-            for name in one.parameter_shapes()
-        }
-        ranks.append(
-            {
-                name: held[".".join("0" if part.isdigit() else part for part in name.split("."))]
-                for name in config.parameter_shapes()
-            }
-        )
-    return ranks
+    form = WeightFormat.of(config, BYTES_PER_ELEMENT[dtype], quantization)
+    return [_rank_weights(config, rank, size, form) for rank in range(size)]
+
+
+def _rank_weights(config: ModelConfig, rank: int, size: int, form: WeightFormat) -> dict[str, int]:
+    # All layers are alike: one is counted.
+    one = config.replace(num_hidden_layers=1, quantization_config=None)
+    held = {name: tensor_bytes(name, one, rank, size, form) for name in one.parameter_shapes()}
+    return {name: held[_in_first_layer(name)] for name in config.parameter_shapes()}
+
+
+def _in_first_layer(name: str) -> str:
+    return ".".join("0" if part.isdigit() else part for part in name.split("."))
 
 
 class Planner:
-    """Plans for one model on one number of GPUs; the weights are counted once.
+    """Estimates for one model on one number of GPUs. The weights are counted once.
 
-    dtype: of activations, cache and unquantised weights (default the config's). quantization: one of QUANTIZATIONS
-    (default what config.json says). max_num_batched_tokens, block_size: the engine's. Raises ConfigError, and
-    ParallelError for a degree that cannot work.
+    dtype: of activations, cache and unquantised weights (default the config's). quantization: one
+    of QUANTIZATIONS (default what config.json says). max_num_batched_tokens, block_size: the
+    engine's. device: "cuda" or "cpu". copies_products: as in `memory.step_phases`.
+    Raises ConfigError, and ParallelError for a degree that cannot work.
     """
 
     def __init__(
@@ -171,76 +199,84 @@ class Planner:
         max_num_batched_tokens: int = 2048,
         block_size: int = 16,
         device: str = "cuda",
+        copies_products: bool | None = None,
     ):
         self.config, self.size, self.dtype = config, size, dtype or config.dtype
         if self.dtype not in BYTES_PER_ELEMENT:
             raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(BYTES_PER_ELEMENT)}")
-        for name, value in (
-            ("max_num_batched_tokens", max_num_batched_tokens),
-            ("block_size", block_size),
-        ):
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1")
-        self.tokens, self.block_size, self.device = max_num_batched_tokens, block_size, device
-        self.quantization = packing_of(config, quantization)[0]
+        self.tokens = integer("max_num_batched_tokens", max_num_batched_tokens, 1)
+        self.block_size = integer("block_size", block_size, 1)
+        self.device, self.copies_products = device, copies_products
+        item = BYTES_PER_ELEMENT[self.dtype]
+        self.quantization = WeightFormat.of(config, item, quantization).name
         ranks = rank_weights(config, size, self.dtype, quantization)
         self.weights = max(sum(held.values()) for held in ranks)
-        # Rows of the embedding are looked up, not read through, unless they are the head's too.
+        # Of the embedding a step looks up a few rows; it reads all only where they are the head's.
         looked_up = 0 if config.tie_word_embeddings else ranks[0]["model.embed_tokens.weight"]
         self.weights_read = self.weights - looked_up
-        kv_heads = max(config.num_key_value_heads // size, 1)  # more ranks than heads hold copies
-        self.kv_per_token = (
-            2
-            * config.num_hidden_layers
-            * kv_heads
-            * config.head_dim
-            * BYTES_PER_ELEMENT[self.dtype]
-        )
+        self.kv_per_token = block_bytes(config, size, 1, self.dtype)
 
-    def plan(self, context: int, batch: int = 1) -> Plan:
-        """Of `batch` sequences of `context` tokens each. Raises ConfigError for what the engine would refuse."""
+    def estimate(self, context: int, batch: int = 1) -> Estimate:
+        """For `batch` sequences of `context` tokens each.
+
+        Raises ConfigError for what the engine would refuse.
+        """
         if not 1 <= batch <= self.tokens:
             raise ConfigError(
-                f"batch is {batch}, expected 1 to max_num_batched_tokens ({self.tokens}): a step has "
-                "room for one token of each sequence"
+                f"batch is {batch}, expected 1 to max_num_batched_tokens ({self.tokens}): a step "
+                "has room for one token of each sequence"
             )
         if context < 1:
             raise ConfigError(f"context is {context}, expected at least 1 token")
-        c, n = self.config, self.size
-        pages = batch * -(-context // self.block_size)
-        activations, phase = max(
-            (held, phase)
-            for step in worst_steps(context, batch, self.tokens)
-            for phase, held in step_phases(
-                c, *step, dtype=self.dtype, size=n, block_size=self.block_size, device=self.device
-            ).items()
-        )
-        matrices, pair = (
-            c.flops_per_token(0, lm_head=False),
-            c.flops_per_token(1) - c.flops_per_token(0),
-        )
-        head = c.flops_per_token(0) - matrices
-        prefill = context * matrices + pair * context * (context + 1) // 2 + head
-        return Plan(
-            n,
-            c.num_attention_heads,
-            self.dtype,
-            self.quantization,
-            context,
-            batch,
-            self.weights,
-            pages * self.block_size * self.kv_per_token,
-            activations,
-            phase,
+        blocks = batch * -(-context // self.block_size)
+        activations, phase = self._activations(context, batch)
+        return Estimate(
+            size=self.size,
+            heads=self.config.num_attention_heads,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            context=context,
+            batch=batch,
+            weights=self.weights,
+            kv_cache=blocks * self.block_size * self.kv_per_token,
+            activations=activations,
+            phase=phase,
             decode_bytes=self.weights_read + batch * context * self.kv_per_token,
-            decode_flops=batch * c.flops_per_token(context) / n,
-            prefill_flops=batch * prefill / n,
+            decode_flops=batch * self.config.flops_per_token(context) / self.size,
+            prefill_flops=batch * self._prompt_flops(context) / self.size,
         )
+
+    def _activations(self, context: int, batch: int) -> tuple[int, str]:
+        """(bytes, phase) of the worst moment of the worst step."""
+        moments = []
+        for query_lens, context_lens in worst_steps(context, batch, self.tokens):
+            phases = step_phases(
+                self.config,
+                query_lens,
+                context_lens,
+                dtype=self.dtype,
+                size=self.size,
+                block_size=self.block_size,
+                device=self.device,
+                copies_products=self.copies_products,
+            )
+            moments += [(held, phase) for phase, held in phases.items()]
+        return max(moments)
+
+    def _prompt_flops(self, context: int) -> int:
+        """Of one prompt: each token, each token against those before it, and one row of logits."""
+        matrices = self.config.flops_per_token(0, lm_head=False)
+        head = self.config.flops_per_token(0) - matrices
+        one_pair = self.config.flops_per_token(1) - self.config.flops_per_token(0)
+        return context * matrices + one_pair * context * (context + 1) // 2 + head
 
     def largest_context(self, limit: int, batch: int = 1) -> int:
-        """Tokens each of `batch` sequences may have within `limit` bytes per GPU; 0 if not one."""
-        return largest(lambda context: self.plan(context, batch).total <= limit, 1 << 30)
+        """Tokens that each of `batch` sequences may have within `limit` bytes per GPU; 0: none."""
+        return largest(lambda context: self.estimate(context, batch).total <= limit, MAX_CONTEXT)
 
     def largest_batch(self, limit: int, context: int) -> int:
-        """Sequences of `context` tokens within `limit` bytes per GPU, at most one per token of a step; 0 if none."""
-        return largest(lambda batch: self.plan(context, batch).total <= limit, self.tokens)
+        """Sequences of `context` tokens within `limit` bytes per GPU; 0: not one.
+
+        At most one for each token of a step.
+        """
+        return largest(lambda batch: self.estimate(context, batch).total <= limit, self.tokens)
