@@ -17,6 +17,8 @@ from minqwen.errors import ConfigError, MinqwenError
 from minqwen.files import printable, quoted
 
 ErrorClass = type[MinqwenError]
+# Every dtype that weights and caches can have, under torch's name.
+BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 MAX_INTEGER = 2**63 - 1  # what torch and JSON readers in other languages can hold
 
 
@@ -39,7 +41,7 @@ def is_integer(value: object) -> bool:
 
 def integer(where: str, value: Any, minimum: int, *, error: ErrorClass = ConfigError) -> int:
     """An integer of at least `minimum` that fits in 64 bits."""
-    if not is_integer(value) or not minimum <= value <= MAX_INTEGER:
+    if not _is_integer_from(minimum, value):
         raise wrong(where, value, f"an integer of at least {minimum}", error=error)
     return int(value)
 
@@ -50,9 +52,13 @@ def optional_integer(
     """None, or an integer of at least `minimum` that fits in 64 bits."""
     if value is None:
         return None
-    if not is_integer(value) or not minimum <= value <= MAX_INTEGER:
+    if not _is_integer_from(minimum, value):
         raise wrong(where, value, f"an integer of at least {minimum} or null", error=error)
     return int(value)
+
+
+def _is_integer_from(minimum: int, value: Any) -> bool:
+    return is_integer(value) and minimum <= value <= MAX_INTEGER
 
 
 def number(
@@ -68,7 +74,7 @@ def number(
 
     Integers are numbers too; the result is always a float.
     """
-    if _is_finite(value) and value <= high and (low < value or (low == value and not open_low)):
+    if is_finite(value) and value <= high and (low < value or (low == value and not open_low)):
         return float(value)
     wanted = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
     if high != math.inf:
@@ -76,9 +82,11 @@ def number(
     raise wrong(where, value, wanted, error=error)
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """True for a finite number of Python or numpy, but not for True and False."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     # The comparison is false for NaN and infinity, and for integers that no float can hold.
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) < 1e300)
+    return is_number and bool(-1e300 < value < 1e300)
 
 
 def boolean(where: str, value: Any, *, error: ErrorClass = ConfigError) -> bool:
@@ -127,12 +135,15 @@ def mapping(
     return value
 
 
-def config_error(text: str) -> MinqwenError:
-    """A ConfigError of one line."""
-    return ConfigError(printable(text))
+def dtype_name(where: str, value: Any, *, error: ErrorClass = ConfigError) -> str:
+    """A dtype (its name, or a torch.dtype) as one of the names in BYTES_PER_ELEMENT."""
+    name = str(value).removeprefix("torch.")
+    if name not in BYTES_PER_ELEMENT:
+        raise wrong(where, value, f"one of {', '.join(BYTES_PER_ELEMENT)}", error=error)
+    return name
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """ "; did you mean 'exact'?" where one of the choices is close to the word, else ""."""
+    """ "; did you mean 'exact'?" if one of the choices is close to the word, else ""."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
