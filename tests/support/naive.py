@@ -8,7 +8,7 @@ from minqwen import Qwen2
 
 
 def greedy(model: Qwen2, ids: list[int], count: int) -> list[int]:
-    """`count` tokens after `ids`: the whole text goes through the model for each, without a cache."""
+    """The `count` tokens after `ids`. For each one the model reads all of the text; no cache."""
     ids = list(ids)
     for _ in range(count):
         with torch.no_grad():

@@ -7,25 +7,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from support.paths import ROOT
 
-
-def _alive(processes: Iterable[psutil.Process], mark: str | None = None) -> list[psutil.Process]:
-    """Those that run or are stopped, and with `mark` only those that inherited it."""
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                if mark is None or process.environ().get("MINQWEN_TEST_RUN") == mark:
-                    found.append(process)
-    return found
+MARK = "MINQWEN_TEST_RUN"  # every process of a run inherits this variable
 
 
 def torchrun(
@@ -33,71 +23,70 @@ def torchrun(
     script: str | Path,
     args: Sequence[object] = (),
     env: dict[str, str | None] | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """`script` (Python source, or the Path of a file) on `nproc` ranks over gloo: returncode, stdout, stderr,
-    and ranks_ended, the time.time() at which the last rank was gone (torchrun itself takes longer).
+    """`script` (Python source, or the Path of a file) on `nproc` ranks over gloo.
 
-    env changes this process's environment (None removes); OMP_NUM_THREADS is 1 unless it says otherwise.
-    Raises subprocess.TimeoutExpired after `timeout` seconds, AssertionError if a process outlives torchrun;
-    either way every process is gone when it returns.
+    env changes this process's environment (None removes a variable). Unless it says otherwise,
+    OMP_NUM_THREADS is 1, and a rank may be silent for ten minutes, which no loaded machine reaches.
+    Raises subprocess.TimeoutExpired after `timeout` seconds, AssertionError if a process outlives
+    torchrun; either way every process is gone when it returns.
     """
-    mark = (
-        uuid.uuid4().hex
-    )  # each rank gets a session of its own: killing torchrun's group would miss it
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    changes = {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "MINQWEN_TEST_RUN": mark,
-        "PYTHONPATH": python_path,
-        **(env or {}),
-    }
-    environment = {k: v for k, v in {**os.environ, **changes}.items() if v is not None}
+    mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory() as directory:
         if isinstance(script, str):
-            (path := Path(directory, "snippet.py")).write_text(script)
+            path = Path(directory, "snippet.py")
+            path.write_text(script)
         else:
             path = script
-        with open(Path(directory, "out"), "w+") as out, open(Path(directory, "err"), "w+") as err:
+        out, err = Path(directory, "out"), Path(directory, "err")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launcher, "--nproc-per-node", nproc, path, *args]
+        with open(out, "wb") as out_file, open(err, "wb") as err_file:
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc-per-node",
-                    str(nproc),
-                    str(path),
-                    *map(str, args),
-                ],
+                [str(word) for word in command],
                 stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                env=environment,
+                stdout=out_file,
+                stderr=err_file,
+                env=_environment(mark, env or {}),
                 start_new_session=True,
             )
-            started = ranks_ended = time.time()
-            try:
-                while process.poll() is None:
-                    if _alive(psutil.Process(process.pid).children()):
-                        ranks_ended = time.time()
-                    if time.time() > started + timeout:
-                        raise subprocess.TimeoutExpired(process.args, timeout)
-                    time.sleep(0.05)
-                left = _alive(psutil.process_iter(), mark)
-                assert not left, f"processes outlived torchrun: {left}"
-            except subprocess.TimeoutExpired as error:
-                out.seek(0), err.seek(0)
-                error.stdout, error.stderr = out.read(), err.read()
-                raise
-            finally:
-                for orphan in _alive(psutil.process_iter(), mark):
-                    orphan.kill()
-                process.wait()
-            out.seek(0), err.seek(0)
-            done = subprocess.CompletedProcess(
-                process.args, process.returncode, out.read(), err.read()
-            )
-            done.ranks_ended = ranks_ended
-            return done
+        try:
+            code = process.wait(timeout)
+            left = _marked(mark)
+            assert not left, f"processes outlived torchrun: {left}"
+        except subprocess.TimeoutExpired as error:
+            error.stdout, error.stderr = out.read_text(), err.read_text()
+            raise
+        finally:
+            # Each rank has a session of its own: killing torchrun's process group would miss it.
+            for process_left in _marked(mark):
+                process_left.kill()
+            process.wait()
+        return subprocess.CompletedProcess(process.args, code, out.read_text(), err.read_text())
+
+
+def _environment(mark: str, changes: dict[str, str | None]) -> dict[str, str]:
+    """This process's environment, with what the ranks need and with the caller's changes."""
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    wanted: dict[str, str | None] = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MINQWEN_TIMEOUT": "600",
+        "PYTHONPATH": python_path,
+        MARK: mark,
+        **changes,
+    }
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """The processes of one run that are still there, running or stopped."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            if not ended and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
