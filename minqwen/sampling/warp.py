@@ -1,4 +1,4 @@
-"""The definition of how a token is chosen: temperature, top_k, top_p, min_p, and the draw; a few lines each."""
+"""The definition of how a token is drawn: temperature, top_k, top_p, min_p, a random number."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from minqwen.sampling.params import SamplingParams
 INF = math.inf
 
 
-def uniform(seed: int, sample_index: int, position: int) -> float:
-    """The number in [0, 1), a multiple of 2^-53, that draws token `position` of a request's sample.
+def uniform(seed: int, index: int, position: int) -> float:
+    """The number in [0, 1), a multiple of 2^-53, that draws token `position` of sample `index`.
 
-    Philox4x32-10, a counter-based generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-    2011. Key: the 64-bit seed; counter: position and sample index, 64 bits each.
+    Philox4x32-10, a counter-based generator: Salmon et al., "Parallel random numbers: as easy as
+    1, 2, 3", 2011. Key: the 64-bit seed; counter: position and sample index, 64 bits each.
     """
     mask = 0xFFFFFFFF
     key = [seed & mask, seed >> 32 & mask]
-    c = [position & mask, position >> 32 & mask, sample_index & mask, sample_index >> 32 & mask]
+    c = [position & mask, position >> 32 & mask, index & mask, index >> 32 & mask]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [b >> 32 ^ c[1] ^ key[0], b & mask, a >> 32 ^ c[3] ^ key[1], a & mask]
@@ -29,13 +29,15 @@ def uniform(seed: int, sample_index: int, position: int) -> float:
 
 
 def warp(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Scores [V], float32 or float64, after temperature, top_k, top_p and min_p: -inf for what is dropped.
+    """Scores [V] after temperature, top_k, top_p and min_p: -inf for the tokens that are dropped.
 
-    As transformers' generation/logits_process.py: what ties with the k-th score stays; top_p drops the least
-    likely tokens as long as their sum is <= 1 - top_p, and keeps one; min_p drops what is less likely than
-    min_p times the likeliest. Where the cut of top_p falls among equals, the lowest ids stay (transformers'
-    sort leaves that open). Sums are float64, rounded to the scores' dtype where they are compared;
-    transformers adds in that dtype, which differs only where a sum is within its rounding of 1 - top_p.
+    scores are float32 or float64. The steps are those of transformers'
+    generation/logits_process.py: what ties with the k-th score stays; top_p drops the least likely
+    tokens as long as their sum is <= 1 - top_p, and keeps one; min_p drops what is less likely than
+    min_p times the likeliest.
+    Where the cut of top_p falls among equals, the lowest ids stay (transformers' sort leaves that
+    open). Sums are float64, rounded to the scores' dtype where they are compared. transformers adds
+    in that dtype, which differs only where a sum is within its rounding of 1 - top_p.
     """
     x = scores / torch.tensor(params.temperature, dtype=scores.dtype, device=scores.device)
     if 0 < params.top_k < len(x):
@@ -50,7 +52,11 @@ def warp(scores: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(scores: Tensor, u: float) -> int:
-    """The id that u in [0, 1) draws from softmax(scores [V]): the first whose running sum exceeds u."""
-    running = (scores.double() - scores.max()).exp().cumsum(-1).tolist()
-    target = min(u * running[-1], math.nextafter(running[-1], 0))  # u * sum may round up to the sum
+    """The id that u in [0, 1) draws from softmax(scores [V]).
+
+    It is the first id at which the running sum of the probabilities exceeds u.
+    """
+    running: list[float] = (scores.double() - scores.max()).exp().cumsum(-1).tolist()
+    # u * sum may round up to the sum, which no running sum exceeds.
+    target = min(u * running[-1], math.nextafter(running[-1], 0))
     return next(i for i, total in enumerate(running) if total > target)

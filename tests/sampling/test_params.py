@@ -1,0 +1,109 @@
+"""Sampling parameters: what they become, and how a wrong one is told."""
+
+import numpy as np
+import pytest
+import torch
+from support.sampling import INF, NAN
+
+from minqwen.errors import SamplingError
+from minqwen.generation_config import GenerationDefaults
+from minqwen.sampling.params import SamplingParams
+from minqwen.sampling.structured import StructuredOutputs
+
+
+def test_the_defaults_are_vllms():
+    p = SamplingParams()
+    assert (p.n, p.temperature, p.top_p, p.top_k, p.min_p) == (1, 1.0, 1.0, 0, 0.0)
+    assert (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert (p.max_tokens, p.min_tokens, p.seed) == (256, 0, None)
+    assert (p.stop, p.stop_token_ids, p.bad_words) == ((), (), ())
+    assert (p.forced_ids, p.logprobs) == (None, None)
+
+
+def test_sequences_become_tuples_and_numbers_pythons_own():
+    p = SamplingParams(
+        stop="x",
+        stop_token_ids=np.array([3]),
+        bad_words=["a"],
+        logit_bias={np.int64(3): 1},
+        temperature=np.float32(0.5),
+        top_k=np.int64(4),
+        max_tokens=None,
+    )
+    assert (p.stop, p.stop_token_ids, p.bad_words, p.logit_bias) == (("x",), (3,), ("a",), {3: 1.0})
+    assert type(p.temperature) is float and type(p.top_k) is int and p.max_tokens is None
+    assert SamplingParams(top_k=-1).top_k == -1
+    spec = StructuredOutputs(regex="a+")
+    assert SamplingParams(structured_outputs=spec).structured_outputs.regex == "a+"
+
+
+BAD = {
+    "n": [0, -1, 1.0, True, "1", None],
+    "temperature": [-0.1, NAN, INF, "1", True, None, 1e-6],
+    "top_p": [0, -0.5, 1.1, NAN, "x", None],
+    "top_k": [-2, 1.5, True, None],
+    "min_p": [-0.1, 1.1, NAN, None],
+    "repetition_penalty": [0, -1, NAN, INF, None],
+    "presence_penalty": [-2.1, 2.1, NAN, None],
+    "frequency_penalty": [-2.1, 2.1, "0", None],
+    "seed": [-1, 2**64, 1.5, True, "7"],
+    "stop": [[""], "", [1], 5, b"x", ["a", None]],
+    "include_stop_str_in_output": [1, None, "yes"],
+    "stop_token_ids": [[-1], [True], [1.0], "12", 5],
+    "ignore_eos": [0, None],
+    "max_tokens": [0, -1, 2.0, True],
+    "min_tokens": [-1, 1.5, None, 257],
+    "logprobs": [-2, 1.0, True],
+    "prompt_logprobs": [-2, "1", False],
+    "logit_bias": [[1], {1: NAN}, {-1: 0.0}, {"1": 2.0}, {1: 101}, {1: True}],
+    "bad_words": [[""], [" \n"], [3], 7],
+    "structured_outputs": ["json", {"json": {}}],
+    "forced_ids": [[], [-1], "12", [1.5], 3],
+}
+
+
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in BAD.items() for value in values]
+)
+def test_a_bad_field_is_named_in_one_line(name, value):
+    with pytest.raises(SamplingError) as error:
+        SamplingParams(**{name: value})
+    message = str(error.value)
+    assert name in message and "expected" in message and "\n" not in message
+
+
+def test_every_field_has_a_bad_value_in_this_test():
+    assert set(BAD) == set(SamplingParams.__dataclass_fields__)
+
+
+def test_forced_ids_set_the_length_and_exclude_stops():
+    p = SamplingParams(forced_ids=torch.tensor([5, 6, 7]))
+    assert p.forced_ids == (5, 6, 7) and p.max_tokens == 3 and p.ignore_eos
+    spec = StructuredOutputs(regex="a")
+    for other in (dict(stop="x"), dict(stop_token_ids=[1]), dict(structured_outputs=spec)):
+        with pytest.raises(SamplingError, match="cannot be combined with forced_ids"):
+            SamplingParams(forced_ids=[1], **other)
+    for other in (dict(stop="x"), dict(min_tokens=1), dict(bad_words=["a"])):
+        with pytest.raises(SamplingError, match="cannot be combined with structured_outputs"):
+            SamplingParams(structured_outputs=spec, **other)
+
+
+def test_what_the_caller_says_wins_over_the_checkpoints_defaults():
+    d = GenerationDefaults(
+        temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05, max_new_tokens=2048
+    )
+    p = SamplingParams.from_defaults(d, top_p=1.0, max_tokens=5)
+    assert (p.temperature, p.top_p, p.top_k, p.repetition_penalty) == (0.7, 1.0, 20, 1.05)
+    assert p.max_tokens == 5
+    assert SamplingParams.from_defaults(d).max_tokens == 2048
+    nothing = GenerationDefaults()
+    assert SamplingParams.from_defaults(nothing).temperature == 0
+    assert SamplingParams.from_defaults(nothing, seed=3) == SamplingParams(temperature=0, seed=3)
+
+
+def test_an_id_that_the_model_does_not_have_is_refused():
+    SamplingParams(logit_bias={9: 1.0}, stop_token_ids=[9]).check_ids(10)
+    for field in (dict(logit_bias={10: 1.0}), dict(stop_token_ids=[10]), dict(forced_ids=[10])):
+        message = f"{next(iter(field))} names token 10: expected ids from 0"
+        with pytest.raises(SamplingError, match=message):
+            SamplingParams(**field).check_ids(10)
