@@ -84,9 +84,12 @@ def number(
 
 def is_finite(value: Any) -> bool:
     """True for a finite number of Python or numpy, but not for True and False."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    # The comparison is false for NaN and infinity, and for integers that no float can hold.
-    return is_number and bool(-1e300 < value < 1e300)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return abs(float(value)) < 1e300  # false for NaN and infinity
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def boolean(where: str, value: Any, *, error: ErrorClass = ConfigError) -> bool:
