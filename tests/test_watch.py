@@ -57,10 +57,11 @@ def test_a_stopped_rank_ends_all_after_the_timeout():
     assert end.code != 0 and not end.tracebacks
 
 
-# The rank stops. A second process sees this, waits for longer than a beat, and wakes the rank.
+# The rank stops. A second process sees this, waits for longer than the 5 s that are enough after a
+# failed collective, and wakes the rank.
 PAUSE = """
 wake = f'''while ! grep -q "State:.T" /proc/{os.getpid()}/status; do sleep 0.1; done
-sleep 2; kill -CONT {os.getpid()}'''
+sleep 7; kill -CONT {os.getpid()}'''
 waker = subprocess.Popen(["sh", "-c", wake])
 os.kill(os.getpid(), signal.SIGSTOP)
 waker.wait()

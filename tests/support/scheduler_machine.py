@@ -1,9 +1,10 @@
-"""Allocator and scheduler without a model: requests come, fork, fail and are aborted on a small pool, and after every
-action all that must hold is checked.
+"""Allocator and scheduler without a model. Requests come, fork, fail and are aborted on a small
+pool; after every action everything that must hold is checked.
 
-A text is named by a number: `Machine.after[text, token]` is the text one token longer. The machine keeps in `written`
-what a forward pass would have left in every slot of the cache, named so, and knows nothing of digests. All choices
-come from one 64-bit word per action, in which 0 is a plain step.
+A text is named by a number: `Machine.after[text, token]` is the text that is one token longer. The
+machine keeps in `written` the text that a forward pass would have left in every slot of the cache.
+It knows nothing of digests. All choices come from one 64-bit word per action; a word of 0 is a
+plain step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ LONGEST, MOST_ALIVE = 24, 12
 
 
 class Watched:
-    """Mixed into a pool: remembers when each block was given back, and what text each record was made for."""
+    """Mixed into a pool: remembers when each block was given back, and for which text each record
+    was made."""
 
     def watch(self, machine: Machine) -> None:
         self.machine, self.clock = machine, counter(1)
@@ -69,7 +71,8 @@ class Machine:
         return choice
 
     def texts(self, text, tokens: list[int]) -> list:
-        """The texts that `tokens` make, one after another, of `text`: a number, or a salt, which begins one."""
+        """The texts that begin with `text` and grow by one of `tokens` after another. `text` is a
+        number, or a salt, with which a text begins."""
         out = []
         for token in tokens:
             text = self.after[text, token]
@@ -90,7 +93,7 @@ class Machine:
         self.check()
 
     def add(self) -> None:
-        """A prompt from one of a few families of the same beginning, so that prefixes are shared."""
+        """A prompt from one of a few families that begin alike, so that prefixes are shared."""
         family, same, other = self.choose(3), self.choose(LONGEST - 12), self.choose(5)
         prompt = [family >> (i % 2) & 1 for i in range(same)] + [
             self.choose(2) for _ in range(other)
@@ -161,7 +164,7 @@ class Machine:
             self.scheduler.finish(sequence)
             self.alive.remove(sequence)
 
-    # ---- what must hold --------------------------------------------------------------------------------------
+    # ---- what must hold --------------------------------------------------------------------------
 
     def in_order_of_arrival(self, plan: list[tuple[Sequence, int]], before: list[Sequence]) -> None:
         scheduler, counts = self.scheduler, {id(s): count for s, count in plan}
@@ -213,7 +216,8 @@ class Machine:
         assert holders == pool.references
         assert all(holders[block] == 1 for block in open_blocks), "shared before it is full"
         assert sorted(pool.unused) == [b for b, n in enumerate(holders) if n == 0]
-        # The prefix cache: what can be found is what is written, and it goes in the order of its last use.
+        # The prefix cache: what can be found is what is written, and the least recently used blocks
+        # are the first to be reused.
         assert {c.digest: b for b, c in pool.content.items()} == pool.by_digest
         assert len(pool.by_digest) == len(pool.content)
         for block, record in pool.content.items():
@@ -254,7 +258,8 @@ def run(words: Several[int], digest_bits: int, **classes) -> Counter:
 
 
 def long_run(steps: int, seed: int = 0, actions: int = 200) -> Counter:
-    """Machines with random words, half of them with 4-bit digests, until `steps` steps have been made."""
+    """Machines with random words, half of them with 4-bit digests, until they have made `steps`
+    steps."""
     r, happened = random.Random(seed), Counter()
     while happened["step"] < steps:
         happened += run(
