@@ -1,4 +1,4 @@
-"""Where things are."""
+"""The directories that tests read."""
 
 from __future__ import annotations
 

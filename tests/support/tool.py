@@ -16,7 +16,9 @@ from support.paths import ROOT
 
 @dataclass(frozen=True)
 class Result:
-    code: int
+    """What a command line did."""
+
+    code: int  # its exit status
     out: str
     err: str
 
@@ -35,9 +37,12 @@ def run_tool(name: str, *args: object, stdin: str = "", timeout: float = 600) ->
 
 
 def run_tool_here(name: str, *args: object) -> Result:
-    """The same in this process, which saves the seconds that importing torch takes."""
+    """The same in this process, which saves the seconds that importing torch takes.
+
+    It hands the tool no stdin, and the tool shares this process's settings and threads.
+    """
     out, err = io.StringIO(), io.StringIO()
-    code: object = 0
+    code: int | str | None = 0
     with (
         mock.patch.object(sys, "argv", [name, *map(str, args)]),
         contextlib.redirect_stdout(out),
@@ -47,4 +52,7 @@ def run_tool_here(name: str, *args: object) -> Result:
             runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
         except SystemExit as end:
             code = end.code
-    return Result(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+    if isinstance(code, str):  # exit("message") prints it and exits with status 1
+        err.write(code + "\n")
+        code = 1
+    return Result(code or 0, out.getvalue(), err.getvalue())
