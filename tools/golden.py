@@ -10,35 +10,47 @@ from __future__ import annotations
 import argparse
 
 from minqwen.cli import EMBEDDED, run
+from minqwen.config import BYTES_PER_ELEMENT
 from minqwen.lab.golden import fingerprint
 from minqwen.parallel import Mesh
 
 
 def print_fingerprints(args: argparse.Namespace) -> None:
+    """One line for each dtype, from rank 0."""
     mesh = Mesh.from_env(args.device)
     for dtype in args.dtype:
-        line = fingerprint(args.model, dtype, mesh=mesh)
+        digest = fingerprint(args.model, dtype, mesh=mesh)
         if mesh.rank == 0:
-            print(dtype, line, flush=True)
+            print(dtype, digest, flush=True)
     mesh.close()
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("fingerprint", help="print the SHA-256 of exact logits")
+    command.set_defaults(do=print_fingerprints)
     command.add_argument(
         "model", nargs="?", default=EMBEDDED, help="a safetensors directory (default: the embedded)"
     )
     command.add_argument(
-        "--dtype", nargs="+", default=["float32", "bfloat16"], help="of storage (default: both)"
+        "--dtype",
+        nargs="+",
+        choices=["auto", *BYTES_PER_ELEMENT],
+        default=["float32", "bfloat16"],
+        help="of storage (default: float32 and bfloat16)",
     )
     command.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: GPUs if there is one for each rank"
     )
-    print_fingerprints(parser.parse_args())
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    args.do(args)
     return 0
 
 

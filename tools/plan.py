@@ -1,116 +1,269 @@
 #!/usr/bin/env python3
-"""How many GPUs a model needs, what fits on them, and how fast they can be at best. docs/memory.md has the formulas.
+"""How many GPUs a model needs, what fits on them, and how fast they can be at best.
 
   python tools/plan.py --size 7B                                   at 1, 2, 4 and 8 GPUs
   python tools/plan.py MODEL --tp 4 --gpu-memory 24 --context 32768 --batch 8
   python tools/plan.py --size 7B --num-attention-heads 32 --tp 8 --quantization awq --dtype float16
   python tools/plan.py --size 7B --tp 4 --plot memory.svg          memory against context
 
-Per GPU, in GB of 10^9 bytes. A card may be filled to --gpu-memory-utilization, as in the engine; the rest is for
-the CUDA context and what the allocator cannot use.
+Figures are per GPU, in GB of 10^9 bytes; docs/memory.md has the formulas. A card may be filled to
+--gpu-memory-utilization, as in the engine; the rest is for the CUDA context and what the allocator
+cannot use.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from minqwen.cli import run
+from minqwen.cli import check_writable, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import MinqwenError, ParallelError
-from minqwen.lab.planner import CAPACITIES, CARDS, GB, QUANTIZATIONS, Plan, Planner
+from minqwen.lab.planner import CAPACITIES, CARDS, GB, QUANTIZATIONS, Card, Estimate, Fit, Planner
 from minqwen.lab.shapes import SIZES, official_config
 
+DEGREES = (1, 2, 4, 8)  # without --tp
 
-def answer(planner: Planner, plan: Plan, capacities: list[float], utilization: float) -> dict:
-    """Everything known about one degree, for --json and for the tables."""
-    fits = {}
-    for gb in capacities:
-        limit = int(gb * GB * utilization)
-        fits[f"{gb:g}"] = {
-            "fits": plan.total <= limit,
-            "largest_context": planner.largest_context(limit, plan.batch),
-            "largest_batch": planner.largest_batch(limit, plan.context),
+
+@dataclass(frozen=True)
+class Answer:
+    """All that is said of one number of GPUs."""
+
+    planner: Planner
+    estimate: Estimate
+    fits: dict[str, Fit]  # by the card's GB
+    cards: dict[str, Card]  # those of these sizes
+
+    def as_json(self) -> dict[str, object]:
+        floors = {
+            name: {
+                "decode_seconds": self.estimate.decode_seconds(card),
+                "prefill_seconds": self.estimate.prefill_seconds(card),
+            }
+            for name, card in self.cards.items()
         }
-    floors = {
-        name: {
-            "decode_seconds": plan.decode_seconds(card),
-            "prefill_seconds": plan.prefill_seconds(card),
+        return {
+            **asdict(self.estimate),
+            "total": self.estimate.total,
+            "cards_gb": {gb: asdict(fit) for gb, fit in self.fits.items()},
+            "floors": floors,
         }
-        for name, card in CARDS.items()
-        if card.gb in capacities
-    }
-    return {**asdict(plan), "total": plan.total, "cards_gb": fits, "floors": floors}
 
 
-def show(answers: list[dict]) -> None:
-    found = [a for a in answers if "error" not in a]
-    print("\nGB per GPU\nGPUs  weights  KV cache  activations    total  (the step's peak is in)")
-    for a in found:
-        print(
-            f"{a['size']:4}{a['weights'] / GB:9.2f}{a['kv_cache'] / GB:10.2f}{a['activations'] / GB:13.2f}"
-            f"{a['total'] / GB:9.2f}  {a['phase']}"
-        )
-    for a in answers:
-        if "error" in a:
-            print(f"{a['size']:4}  {a['error']}")
-    if not found:
-        return
-    one = found[0]
-    print(
-        f"\nLargest context at batch {one['batch']}, and largest batch at {one['context']:,} tokens, on cards of"
+@dataclass(frozen=True)
+class Refused:
+    """A number of GPUs that cannot share the model, and why."""
+
+    size: int
+    error: str
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print("GPUs" + "".join(f"{gb + ' GB':>20}" for gb in one["cards_gb"]))
-    for a in found:
-        pairs = (
-            f"{f['largest_context']:,} / {f['largest_batch']:,}" if f["largest_context"] else "-"
-            for f in a["cards_gb"].values()
+    shape = parser.add_mutually_exclusive_group(required=True)
+    shape.add_argument("model", nargs="?", help="a model's directory, or its config.json")
+    shape.add_argument("--size", choices=SIZES, help="an official Qwen2.5 size")
+    model_flags(parser)
+    load_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="memory against context as .svg, .png or .pdf"
+    )
+    return parser.parse_args()
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tp", type=int, metavar="N", help="tensor-parallel degree (default: 1, 2, 4 and 8)"
+    )
+    parser.add_argument(
+        "--num-attention-heads", type=int, metavar="N", help="after head extension; head_dim stays"
+    )
+    parser.add_argument("--dtype", choices=list(BYTES_PER_ELEMENT), help="default: the config's")
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="of the weights (default: the config's)"
+    )
+
+
+def load_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens per sequence (default: the config's maximum)",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GB", help="of one card (default: the common sizes)"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="default 0.9"
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="default 2048"
+    )
+    parser.add_argument(
+        "--block-size", type=int, default=16, metavar="N", help="tokens per block (default 16)"
+    )
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise MinqwenError for what argparse lets through."""
+    if not 0 < args.gpu_memory_utilization <= 1:
+        raise MinqwenError(
+            f"--gpu-memory-utilization is {args.gpu_memory_utilization:g}, "
+            "expected above 0, at most 1"
         )
-        print(f"{a['size']:4}" + "".join(f"{pair:>20}" for pair in pairs))
-    if one["floors"]:
+    if args.gpu_memory is not None and not 0 < args.gpu_memory < 1e6:
+        raise MinqwenError(f"--gpu-memory is {args.gpu_memory:g}, expected the GB of one card")
+    if args.plot:
+        check_writable(args.plot, "--plot")
+
+
+def read_config(args: argparse.Namespace) -> ModelConfig:
+    config = official_config(args.size) if args.size else ModelConfig.from_json(Path(args.model))
+    if args.num_attention_heads is not None:
+        config = config.replace(num_attention_heads=args.num_attention_heads)
+    return config
+
+
+# ---- the answers --------------------------------------------------------------------------------
+
+
+def answer(args: argparse.Namespace, config: ModelConfig, size: int) -> Answer:
+    """Raises ParallelError where `size` GPUs cannot share the model."""
+    planner = Planner(
+        config,
+        size,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        block_size=args.block_size,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+    )
+    context = config.context_length if args.context is None else args.context
+    estimate = planner.estimate(context, args.batch)
+    capacities = [args.gpu_memory] if args.gpu_memory else list(CAPACITIES)
+    limits = {f"{gb:g}": int(gb * GB * args.gpu_memory_utilization) for gb in capacities}
+    return Answer(
+        planner,
+        estimate,
+        fits={gb: planner.fit(estimate, limit) for gb, limit in limits.items()},
+        cards={name: card for name, card in CARDS.items() if card.gb in capacities},
+    )
+
+
+def answers_for(args: argparse.Namespace, config: ModelConfig) -> list[Answer | Refused]:
+    """Of the degree asked for, which has to work, or of the usual ones, where 1 always works."""
+    if args.tp is not None:
+        return [answer(args, config, args.tp)]
+    answers: list[Answer | Refused] = []
+    for size in DEGREES:
+        try:
+            answers.append(answer(args, config, size))
+        except ParallelError as error:
+            answers.append(Refused(size, str(error)))
+    return answers
+
+
+# ---- what is printed ----------------------------------------------------------------------------
+
+
+def show(args: argparse.Namespace, config: ModelConfig, answers: list[Answer | Refused]) -> None:
+    found = [a for a in answers if isinstance(a, Answer)]
+    show_model(args, config, found[0])
+    show_memory(found)
+    for refused in answers:
+        if isinstance(refused, Refused):
+            print(f"{refused.size:4}  {refused.error}")
+    show_fits(found)
+    if found[0].cards:
+        show_floors(found)
+
+
+def show_model(args: argparse.Namespace, config: ModelConfig, first: Answer) -> None:
+    planner, estimate, c = first.planner, first.estimate, config
+    print(
+        f"{args.size or args.model}: {c.num_attention_heads} query and {c.num_key_value_heads} KV "
+        f"heads of {c.head_dim}, {c.num_parameters():,} parameters, {planner.dtype}, "
+        f"quantisation {planner.quantization}, "
+        f"{c.kv_bytes_per_token(planner.dtype):,} bytes of cache per token\n"
+        f"context {estimate.context:,}, batch {estimate.batch}, "
+        f"at most {planner.tokens:,} tokens a step"
+    )
+    if estimate.context > c.context_length:
         print(
-            "\nNo faster than: ms per decode step (from bandwidth), s for the prefill (from FLOPs)"
+            f"note: the config allows {c.context_length:,} tokens; more needs YaRN (rope_scaling)"
         )
-        print("GPUs" + "".join(f"{name:>16}" for name in one["floors"]))
-        for a in found:
-            print(
-                f"{a['size']:4}"
-                + "".join(
-                    f"{f['decode_seconds'] * 1e3:8.2f} {f['prefill_seconds']:7.2f}"
-                    for f in a["floors"].values()
-                )
-            )
 
 
-def plot(
-    planners: list[Planner], batch: int, longest: int, capacities: list[float], file: str
-) -> None:
+def show_memory(found: list[Answer]) -> None:
+    print("\nGB per GPU\nGPUs  weights  KV cache  activations    total  (the step's peak is in)")
+    for e in (a.estimate for a in found):
+        print(
+            f"{e.size:4}{e.weights / GB:9.2f}{e.kv_cache / GB:10.2f}{e.activations / GB:13.2f}"
+            f"{e.total / GB:9.2f}  {e.phase}"
+        )
+
+
+def show_fits(found: list[Answer]) -> None:
+    one = found[0].estimate
+    print(
+        f"\nLargest context at batch {one.batch}, and largest batch at {one.context:,} tokens, "
+        "on cards of"
+    )
+    print("GPUs" + "".join(f"{gb + ' GB':>20}" for gb in found[0].fits))
+    for a in found:
+        print(f"{a.estimate.size:4}" + "".join(f"{pair(fit):>20}" for fit in a.fits.values()))
+
+
+def pair(fit: Fit) -> str:
+    if not fit.largest_context:
+        return "-"
+    return f"{fit.largest_context:,} / {fit.largest_batch:,}"
+
+
+def show_floors(found: list[Answer]) -> None:
+    print("\nNo faster than: ms per decode step (from bandwidth), s for the prefill (from FLOPs)")
+    print("GPUs" + "".join(f"{name:>16}" for name in found[0].cards))
+    for e, cards in ((a.estimate, a.cards.values()) for a in found):
+        times = (
+            f"{e.decode_seconds(card) * 1e3:8.2f} {e.prefill_seconds(card):7.2f}" for card in cards
+        )
+        print(f"{e.size:4}" + "".join(times))
+
+
+# ---- the plot -----------------------------------------------------------------------------------
+
+
+def new_figure() -> Any:
+    """An empty matplotlib Figure, of a library that has no types."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise MinqwenError(
             "--plot needs matplotlib, which is not installed: pip install 'minqwen[plot]'"
         ) from None
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    return Figure(figsize=(7, 4.2), layout="constrained")
+
+
+def plot(figure: Any, answers: list[Answer | Refused], file: str) -> None:
+    """Memory against context: a line for each number of GPUs, and one for each size of card."""
+    found = [a for a in answers if isinstance(a, Answer)]
+    batch, longest = found[0].estimate.batch, max(found[0].estimate.context, 1024)
     axes = figure.subplots()
-    at = [max(1, longest * i // 64) for i in range(65)]
-    top = 0.0
-    for planner in planners:
-        plans = [planner.plan(n, batch) for n in at]
-        (line,) = axes.plot(
-            at, [p.total / GB for p in plans], label=f"{planner.size} GPU{'s' * (planner.size > 1)}"
-        )
-        axes.plot(
-            at,
-            [(p.weights + p.kv_cache) / GB for p in plans],
-            ":",
-            color=line.get_color(),
-            linewidth=1,
-        )
-        top = max(top, plans[-1].total / GB)
-    for gb in capacities:
+    top = max(plot_line(axes, a.planner, longest, batch) for a in found)
+    for gb in map(float, found[0].fits):
         if gb < 1.5 * top:
             axes.axhline(gb, color="grey", linewidth=0.6)
             axes.text(
@@ -131,97 +284,35 @@ def plot(
         ) from None
 
 
+def plot_line(axes: Any, planner: Planner, longest: int, batch: int) -> float:
+    """Two lines, with activations and without; returns the GB at the longest context."""
+    contexts = [max(1, longest * i // 64) for i in range(65)]
+    estimates = [planner.estimate(context, batch) for context in contexts]
+    totals = [e.total / GB for e in estimates]
+    label = "1 GPU" if planner.size == 1 else f"{planner.size} GPUs"
+    (line,) = axes.plot(contexts, totals, label=label)
+    axes.plot(
+        contexts,
+        [(e.weights + e.kv_cache) / GB for e in estimates],
+        ":",
+        color=line.get_color(),
+        linewidth=1,
+    )
+    return totals[-1]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    shape = parser.add_mutually_exclusive_group(required=True)
-    shape.add_argument("model", nargs="?", help="a model's directory, or its config.json")
-    shape.add_argument("--size", choices=SIZES, help="an official Qwen2.5 size")
-    parser.add_argument(
-        "--tp", type=int, metavar="N", help="tensor-parallel degree (default: 1, 2, 4 and 8)"
-    )
-    parser.add_argument(
-        "--num-attention-heads", type=int, metavar="N", help="after head extension; head_dim stays"
-    )
-    parser.add_argument("--dtype", choices=list(BYTES_PER_ELEMENT), help="default: the config's")
-    parser.add_argument(
-        "--quantization", choices=QUANTIZATIONS, help="of the weights (default: the config's)"
-    )
-    parser.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        help="tokens per sequence (default: the config's maximum)",
-    )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
-    parser.add_argument(
-        "--gpu-memory", type=float, metavar="GB", help="of one card (default: the common sizes)"
-    )
-    parser.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="default 0.9"
-    )
-    parser.add_argument(
-        "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="default 2048"
-    )
-    parser.add_argument(
-        "--block-size", type=int, default=16, metavar="N", help="tokens per page (default 16)"
-    )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="memory against context as .svg, .png or .pdf"
-    )
-    args = parser.parse_args()
-    config = official_config(args.size) if args.size else ModelConfig.from_json(Path(args.model))
-    if args.num_attention_heads is not None:
-        config = config.replace(num_attention_heads=args.num_attention_heads)
-    if not 0 < args.gpu_memory_utilization <= 1:
-        raise MinqwenError(
-            f"--gpu-memory-utilization is {args.gpu_memory_utilization:g}, expected above 0, at most 1"
-        )
-    if args.gpu_memory is not None and not 0 < args.gpu_memory < 1e6:
-        raise MinqwenError(f"--gpu-memory is {args.gpu_memory:g}, expected the GB of one card")
-    capacities = [args.gpu_memory] if args.gpu_memory else list(CAPACITIES)
-    context = config.context_length if args.context is None else args.context
-    planners, answers = [], []
-    for size in (1, 2, 4, 8) if args.tp is None else (args.tp,):
-        try:
-            planner = Planner(
-                config,
-                size,
-                dtype=args.dtype,
-                quantization=args.quantization,
-                block_size=args.block_size,
-                max_num_batched_tokens=args.max_num_batched_tokens,
-            )
-        except ParallelError as error:
-            if args.tp is not None:
-                raise
-            answers.append({"size": size, "error": str(error)})
-            continue
-        planners.append(planner)
-        answers.append(
-            answer(
-                planner, planner.plan(context, args.batch), capacities, args.gpu_memory_utilization
-            )
-        )
+    args = parse_args()
+    check_args(args)
+    figure = new_figure() if args.plot else None
+    config = read_config(args)
+    answers = answers_for(args, config)
     if args.plot:
-        plot(planners, args.batch, max(context, 1024), capacities, args.plot)
+        plot(figure, answers, args.plot)
     if args.json:
-        print(json.dumps(answers, indent=1))
-        return 0
-    p, c = planners[0], config
-    print(
-        f"{args.size or args.model}: {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of "
-        f"{c.head_dim}, {c.num_parameters():,} parameters, {p.dtype}, quantisation {p.quantization}, "
-        f"{c.kv_bytes_per_token(p.dtype):,} bytes of cache per token\n"
-        f"context {context:,}, batch {args.batch}, at most {p.tokens:,} tokens a step"
-    )
-    if context > c.context_length:
-        print(
-            f"note: the config allows {c.context_length:,} tokens; more needs YaRN (rope_scaling)"
-        )
-    show(answers)
+        print(json.dumps([a.as_json() for a in answers], indent=1))
+    else:
+        show(args, config, answers)
     return 0
 
 

@@ -1,0 +1,1 @@
+"""What researchers do with the model: compare it, estimate its memory, take its fingerprint."""

@@ -89,6 +89,18 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """Whether an estimate fits in a limit, and how far its context or its batch could grow.
+
+    largest_context is for the estimate's batch, largest_batch for its context; 0: not even one.
+    """
+
+    fits: bool
+    largest_context: int
+    largest_batch: int
+
+
+@dataclass(frozen=True)
 class WeightFormat:
     """How the weights of the seven projections of a layer are stored; all others are not quantised.
 
@@ -280,3 +292,11 @@ class Planner:
         At most one for each token of a step.
         """
         return largest(lambda batch: self.estimate(context, batch).total <= limit, self.tokens)
+
+    def fit(self, estimate: Estimate, limit: int) -> Fit:
+        """What fits in `limit` bytes per GPU around one of this planner's estimates."""
+        return Fit(
+            fits=estimate.total <= limit,
+            largest_context=self.largest_context(limit, estimate.batch),
+            largest_batch=self.largest_batch(limit, estimate.context),
+        )
