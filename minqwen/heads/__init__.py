@@ -1,1 +1,1 @@
-"""More heads, the same model: head extension of checkpoints."""
+"""More heads, the same model: layouts of heads, and how tensors and checkpoints move to them."""

@@ -1,21 +1,24 @@
-"""Whole checkpoints: extend, and shrink back byte for byte."""
+"""Whole checkpoints: extended by streaming, and shrunk back byte for byte."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minqwen.checkpoint import Checkpoint, write_checkpoint
+from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
 from minqwen.config import ModelConfig
 from minqwen.errors import HeadsError
 from minqwen.heads.layout import Layout, extended_config
+from minqwen.heads.manifest import MANIFEST, Manifest, refuse_extended, require_manifest
 from minqwen.heads.tensors import extend_tensor, sha256, shrink_tensor
-
-MANIFEST = "minqwen_heads.json"
 
 
 def extend(
@@ -24,92 +27,75 @@ def extend(
     to: Layout,
     *,
     arch: str = "qwen2",
-    max_shard_bytes: int = 4 * 10**9,
+    max_file_bytes: int = MAX_FILE_BYTES,
     progress: bool = False,
 ) -> None:
-    """Write the checkpoint `src` in the layout `to`, one tensor in memory at a time, atomically. After a kill, an
-    interrupt or a full disk, the same call goes on where it was.
+    """Write the checkpoint `src` in the layout `to`, atomically, one tensor in memory at a time.
 
-    dst gets sharded safetensors, a config with explicit head_dim, the tokenizer's files and minqwen_heads.json:
-    the layout, and a SHA-256 of every source tensor, from which `shrink` restores the source. Raises HeadsError
-    or CheckpointError; dst is then as it was.
+    After a kill, an interrupt or a full disk, the same call goes on where it was. dst gets weight
+    files, a config with an explicit head_dim, the tokenizer's files and minqwen_heads.json: the
+    layout and a SHA-256 of every source tensor, from which `shrink` restores the source. Raises
+    HeadsError or CheckpointError; dst is then as it was.
     """
     to.check()
     source = Checkpoint(src)
     source.check()
-    if (Path(src) / MANIFEST).exists():
-        raise HeadsError(
-            f"{src}: has been extended already ({MANIFEST}): shrink it first, or extend its source"
-        )
+    refuse_extended(src)
     config = extended_config(source.config, to, arch)
     digests: dict[str, str] = {}
-    bar = tqdm(
-        total=len(source.names),
-        desc="extending",
-        unit="tensor",
-        leave=False,
-        disable=None if progress else True,
-    )
+    with _bar("extending", len(source.names), progress) as bar:
 
-    def tensors(done: set[str]):
-        bar.update(len(done))
-        for name in config.parameter_shapes():
-            if name.endswith("o_proj.bias"):  # only the llama layout has it
-                if name not in done:
-                    dtype = source.dtype(name.replace(".bias", ".weight"))
-                    yield name, torch.zeros(config.hidden_size, dtype=dtype)
-                continue
-            tensor = source.read(name)
-            digests[name] = sha256(tensor)
-            if name not in done:
-                yield name, extend_tensor(name, tensor, to)
-                bar.update()
+        def tensors(done: set[str]) -> Iterator[tuple[str, Tensor]]:
+            bar.update(len(done))
+            return _extended(source, config, to, done, digests, bar)
 
-    def manifest() -> str:  # written last, when the digests are known
-        return (
-            json.dumps(
-                {
-                    "format": 1,
-                    "layout": to.to_dict(),
-                    "arch": arch,
-                    "source_config": source.config.to_dict(),
-                    "source_sha256": digests,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        def manifest() -> str:  # written last, when the digests are known
+            return Manifest(to, arch, source.config.to_dict(), digests).to_json()
 
-    with bar:
-        dtypes = {name: source.dtype(name) for name in source.names}
-        files = sorted(
-            (f.name, f.stat().st_size, f.stat().st_mtime_ns)
-            for f in Path(src).glob("*.safetensors")
-        )
-        content = json.dumps([to.to_dict(), arch, config.to_dict(), files, max_shard_bytes])
         write_checkpoint(
             dst,
             config,
             tensors,
-            max_shard_bytes=max_shard_bytes,
+            max_file_bytes=max_file_bytes,
             sources=src,
             extra_files={MANIFEST: manifest},
-            dtypes=dtypes,
-            resume=hashlib.sha256(content.encode()).hexdigest()[:16],
+            dtypes={name: source.dtype(name) for name in source.names},
+            resume=_content_name(source, to, arch, config, max_file_bytes),
         )
 
 
-def read_manifest(path: str | Path) -> dict | None:
-    """What `extend` wrote beside the weights, or None if the checkpoint is nobody's extension."""
-    file = Path(path) / MANIFEST
-    if not file.exists():
-        return None
-    try:
-        manifest = json.loads(file.read_text())
-        manifest["layout"] = Layout.from_dict(manifest["layout"])
-        return manifest
-    except (ValueError, KeyError, TypeError) as e:
-        raise HeadsError(f"{file}: is not a manifest of tools/heads.py ({e})") from None
+def _extended(
+    source: Checkpoint,
+    config: ModelConfig,
+    to: Layout,
+    done: set[str],
+    digests: dict[str, str],
+    bar: tqdm[NoReturn],
+) -> Iterator[tuple[str, Tensor]]:
+    """The target's tensors, except those in `done`; the digests of all are taken on the way."""
+    for name in config.parameter_shapes():
+        if name.endswith("o_proj.bias"):  # only the llama layout has it
+            if name not in done:
+                dtype = source.dtype(name.replace(".bias", ".weight"))
+                yield name, torch.zeros(config.hidden_size, dtype=dtype)
+            continue
+        tensor = source.read(name)
+        digests[name] = sha256(tensor)
+        if name not in done:
+            yield name, extend_tensor(name, tensor, to)
+            bar.update()
+
+
+def _content_name(
+    source: Checkpoint, to: Layout, arch: str, config: ModelConfig, max_file_bytes: int
+) -> str:
+    """A name for exactly what is to be written: a killed extension of the same content goes on."""
+    files = sorted(
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in source.path.glob("*.safetensors")
+    )
+    content = json.dumps([to.to_dict(), arch, config.to_dict(), files, max_file_bytes])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def shrink(
@@ -117,53 +103,50 @@ def shrink(
     dst: str | Path,
     *,
     tolerance: float = 0.0,
-    max_shard_bytes: int = 4 * 10**9,
+    max_file_bytes: int = MAX_FILE_BYTES,
     progress: bool = False,
 ) -> None:
     """Undo `extend`: write the source's checkpoint again, byte for byte.
 
-    Refuses, naming the tensor and the residual of each slot, if the weights are no longer what `extend` would
-    write (they were trained on, say); `tolerance` is the largest residual that is let pass.
+    Refuses, naming the tensor and the residual of each slot, if the weights are no longer what
+    `extend` would write (they were trained on, say). `tolerance` is the largest residual that is
+    accepted. Raises HeadsError or CheckpointError; dst is then as it was.
     """
-    manifest = read_manifest(src)
-    if manifest is None:
-        raise HeadsError(
-            f"{src}: has no {MANIFEST}, so what was added cannot be told from the rest"
-        )
-    to, target = manifest["layout"], Checkpoint(src)
+    manifest = require_manifest(src)
+    target = Checkpoint(src)
     target.check()
-    config = ModelConfig.from_dict(manifest["source_config"], source=f"{src}/{MANIFEST}")
-    bar = tqdm(
-        total=len(target.names),
-        desc="shrinking",
-        unit="tensor",
-        leave=False,
-        disable=None if progress else True,
-    )
-
-    def tensors():
-        for name in config.parameter_shapes():
-            tensor, residuals = shrink_tensor(name, target.read(name), to)
-            drift = {
-                slot: r for slot, r in residuals.items() if not r <= tolerance
-            }  # a NaN is drift too
-            if drift:
-                slots = ", ".join(f"{slot}: {r:.3g}" for slot, r in list(drift.items())[:8])
-                raise HeadsError(
-                    f"{src}: {name} has drifted from its layout in {len(drift)} slots (largest difference "
-                    f"per slot: {slots}): it is no longer an extension of its source"
-                )
-            yield name, tensor
-            bar.update()
-
-    with bar:
-        dtypes = {name: target.dtype(name) for name in config.parameter_shapes()}
+    manifest.check_fits(target.config, src)
+    config = manifest.config(src)
+    names = list(config.parameter_shapes())
+    with _bar("shrinking", len(names), progress) as bar:
         write_checkpoint(
             dst,
             config,
-            tensors(),
-            max_shard_bytes=max_shard_bytes,
+            _shrunk(target, names, manifest.layout, tolerance, bar),
+            max_file_bytes=max_file_bytes,
             sources=src,
-            dtypes=dtypes,
+            dtypes={name: target.dtype(name) for name in names},
             omit={MANIFEST},
         )
+
+
+def _shrunk(
+    target: Checkpoint, names: list[str], to: Layout, tolerance: float, bar: tqdm[NoReturn]
+) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        tensor, residuals = shrink_tensor(name, target.read(name), to)
+        # "not <=", because a NaN is drift too.
+        drift = {slot: r for slot, r in residuals.items() if not r <= tolerance}
+        if drift:
+            slots = ", ".join(f"{slot}: {r:.3g}" for slot, r in list(drift.items())[:8])
+            raise HeadsError(
+                f"{target.path}: {name} has drifted from its layout in {len(drift)} slots (largest "
+                f"difference per slot: {slots}): it is no longer an extension of its source"
+            )
+        yield name, tensor
+        bar.update()
+
+
+def _bar(what: str, total: int, shown: bool) -> tqdm[NoReturn]:
+    # disable=None: tqdm shows nothing where stderr is not a terminal.
+    return tqdm(total=total, desc=what, unit="tensor", leave=False, disable=None if shown else True)

@@ -1,4 +1,4 @@
-"""How to run a model with other head counts, or at a degree, and what that costs."""
+"""How to run a model with other head counts or at a tensor-parallel degree, and the costs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from dataclasses import dataclass
 
 from minqwen.config import ModelConfig
 from minqwen.errors import HeadsError
-from minqwen.heads.layout import Layout, extended_config, layout
+from minqwen.heads.layout import Layout, derived_head_dim, extended_config, layout
 from minqwen.parallel import valid_degrees
+
+MAX_GROWTH = 64  # proposals have at most so many times the source's query heads
+MAX_DEGREE = 64  # the largest tensor-parallel degree that is looked at
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layout adds. parameters: how many more; kv_bytes: per token, all ranks together, at 2 bytes an
-    element; attention_macs: multiply-adds of a token's attention (projections, scores, values) per context,
-    relative to the source's."""
+    """What a layout adds.
+
+    parameters: how many more. kv_bytes: bytes of cache per token, all ranks together, at 2 bytes an
+    element. attention_macs: {tokens of context: multiply-adds of a token's attention (projections,
+    scores, values), relative to the source's}.
+    """
 
     parameters: int
     kv_bytes: int
@@ -23,7 +29,9 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Proposal:
+    """One way to run the model. degrees: the tensor-parallel degrees that then work."""
+
     layout: Layout
     config: ModelConfig
     cost: Cost
@@ -32,7 +40,10 @@ class Plan:
 
 
 def attention_macs(config: ModelConfig, context: int) -> int:
-    """Multiply-adds of one token in one layer's attention: q and o, k and v, scores and weighted values."""
+    """Multiply-adds of one token in one layer's attention.
+
+    q and o, k and v, then the scores and the weighted values over `context` tokens.
+    """
     q, kv = config.q_size, config.kv_size
     return 2 * config.hidden_size * (q + kv) + 2 * q * context
 
@@ -42,6 +53,7 @@ def cost(
     target: ModelConfig,
     contexts: tuple[int, ...] = (1024, 8192, 32768, 131072),
 ) -> Cost:
+    """What `target` costs beyond its source `config`."""
     return Cost(
         target.num_parameters() - config.num_parameters(),
         target.kv_bytes_per_token("bfloat16"),
@@ -49,68 +61,119 @@ def cost(
     )
 
 
-def plan(
+def propose(
     config: ModelConfig,
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
     tensor_parallel_size: int | None = None,
     quant_group: int | None = None,
     recipe: str = "ghost",
-) -> list[Plan]:
-    """How to run this model with these counts, or at this degree: the cheapest first, then alternatives.
+) -> list[Proposal]:
+    """How to run this model with these counts, or at this degree: the cheapest way first.
 
-    With `tensor_parallel_size` alone, the fewest query heads (and the least padding of the MLP) that the degree
-    can split, KV heads as they are or replicated in the checkpoint. quant_group: the quantisation group size,
-    whose boundaries a rank's slices must not cut. Raises HeadsError when nothing can work.
+    With `tensor_parallel_size` alone, each proposal has the fewest query heads (and the least
+    padding of the MLP) that the degree can split, with KV heads as they are or copied in the
+    checkpoint. quant_group: the quantisation group size, whose boundaries a rank's slices must not
+    cut. Raises HeadsError when nothing can work.
     """
-    H, K, size = config.num_attention_heads, config.num_key_value_heads, tensor_parallel_size or 1
+    size = tensor_parallel_size or 1
+    _check_request(config, size, quant_group)
+    proposals: list[Proposal] = []
+    refusal = HeadsError(
+        f"nothing of these counts runs at degree {size}: {config.num_attention_heads} query and "
+        f"{config.num_key_value_heads} key/value heads asked for as "
+        f"{num_attention_heads or 'any'} and {num_key_value_heads or 'any'}"
+    )
+    for kv_heads in _kv_counts(config, num_key_value_heads, size):
+        try:
+            to = _first_layout(
+                config,
+                _head_counts(config, num_attention_heads, kv_heads, size),
+                kv_heads,
+                recipe,
+                _padded_width(config, size, quant_group),
+            )
+        except HeadsError as error:
+            refusal = error
+            continue
+        proposal = to and _proposal(config, to, size)
+        if proposal:
+            proposals.append(proposal)
+    if not proposals:
+        raise refusal
+    return sorted(proposals, key=lambda p: (p.cost.parameters, p.cost.kv_bytes))
+
+
+def _check_request(config: ModelConfig, size: int, quant_group: int | None) -> None:
     if size < 1:
         raise HeadsError(f"tensor_parallel_size is {size}, expected at least 1")
     if quant_group is not None and config.head_dim % quant_group:
         raise HeadsError(
-            f"head_dim {config.head_dim} is not a multiple of the quantisation group {quant_group}: a group "
-            "would span two heads, so heads cannot be moved without quantising again"
+            f"head_dim {config.head_dim} is not a multiple of the quantisation group "
+            f"{quant_group}: a group would span two heads, so heads cannot be moved without "
+            "quantising again"
         )
-    kv_counts = (
-        [num_key_value_heads]
-        if num_key_value_heads
-        else sorted({K, K * size // math.gcd(K, size), H})
-    )
+
+
+def _kv_counts(config: ModelConfig, wanted: int | None, size: int) -> list[int]:
+    """Numbers of KV heads to try: at least the source's, and such that `size` ranks share them."""
+    kv_heads = config.num_key_value_heads
+    if wanted:
+        counts = [wanted]
+    else:
+        counts = sorted({kv_heads, math.lcm(kv_heads, size), config.num_attention_heads})
+    return [n for n in counts if n >= kv_heads and (n % size == 0 or size % n == 0)]
+
+
+def _head_counts(config: ModelConfig, wanted: int | None, kv_heads: int, size: int) -> range:
+    """Numbers of query heads to try, ascending: multiples of `kv_heads` and of `size`."""
+    if wanted:
+        return range(wanted, wanted + 1)
+    step = math.lcm(kv_heads, size)
+    heads = config.num_attention_heads
+    first = -(-max(heads, kv_heads) // step) * step
+    return range(first, MAX_GROWTH * heads + 1, step)
+
+
+def _padded_width(config: ModelConfig, size: int, quant_group: int | None) -> int | None:
+    """The next size of the MLP that `size` ranks can split between quantisation groups.
+
+    None if that is the size it has.
+    """
     unit = size * (quant_group or 1)
     width = -(-config.intermediate_size // unit) * unit
-    plans, refusal = [], None
-    for K2 in kv_counts:
-        if K2 < K or (K2 % size and size % K2):
-            continue
-        step = math.lcm(K2, size)
-        H2, to = num_attention_heads or -(-max(H, K2) // step) * step, None
-        while to is None and H2 <= max(64 * H, num_attention_heads or 0):
-            try:
-                pad = width if width != config.intermediate_size else None
-                to = layout(config, H2, K2, recipe=recipe, intermediate_size=pad)
-            except HeadsError as error:
-                refusal = error
-                if num_attention_heads:
-                    break
-                H2 += step
-        if to is None:
-            continue
-        target = extended_config(config, to)
-        degrees = valid_degrees(target, 64)
-        if size not in degrees:
-            continue
-        plans.append(Plan(to, target, cost(config, target), degrees, _notes(config, target, size)))
-    if not plans and refusal is not None:
+    return None if width == config.intermediate_size else width
+
+
+def _first_layout(
+    config: ModelConfig, head_counts: range, kv_heads: int, recipe: str, width: int | None
+) -> Layout | None:
+    """The layout with the first of `head_counts` that works; None if there are no counts.
+
+    Raises the last one's HeadsError if none works.
+    """
+    refusal: HeadsError | None = None
+    for heads in head_counts:
+        try:
+            return layout(config, heads, kv_heads, recipe=recipe, intermediate_size=width)
+        except HeadsError as error:
+            refusal = error
+    if refusal is not None:
         raise refusal
-    if not plans:
-        raise HeadsError(
-            f"nothing of these counts runs at degree {size}: {H} query and {K} key/value heads asked for as "
-            f"{num_attention_heads or 'any'} and {num_key_value_heads or 'any'}"
-        )
-    return sorted(plans, key=lambda p: (p.cost.parameters, p.cost.kv_bytes))
+    return None
+
+
+def _proposal(config: ModelConfig, to: Layout, size: int) -> Proposal | None:
+    """None if the layout does not run at degree `size`."""
+    target = extended_config(config, to)
+    degrees = valid_degrees(target, MAX_DEGREE)
+    if size not in degrees:
+        return None
+    return Proposal(to, target, cost(config, target), degrees, _notes(config, target, size))
 
 
 def _notes(config: ModelConfig, target: ModelConfig, size: int) -> list[str]:
+    """What the user should know about running `target` at degree `size`."""
     notes = []
     if target.num_attention_heads != config.num_attention_heads:
         notes.append(
@@ -122,18 +185,17 @@ def _notes(config: ModelConfig, target: ModelConfig, size: int) -> list[str]:
             "the cache per rank does not shrink further"
         )
     if target.num_key_value_heads > config.num_key_value_heads:
-        notes.append(
-            f"KV heads are stored {target.num_key_value_heads // config.num_key_value_heads} times: "
-            "that much more cache in all"
-        )
+        copies = target.num_key_value_heads // config.num_key_value_heads
+        notes.append(f"KV heads are stored {copies} times: that much more cache in all")
     if target.intermediate_size != config.intermediate_size:
         notes.append(
-            f"the MLP is padded from {config.intermediate_size} to {target.intermediate_size} channels"
+            f"the MLP is padded from {config.intermediate_size} to {target.intermediate_size} "
+            "channels"
         )
-    if target.hidden_size // target.num_attention_heads != target.head_dim:
+    if derived_head_dim(target) != target.head_dim:
         notes.append(
-            f"engines that derive head_dim (vLLM's Qwen2) would read "
-            f"{target.hidden_size // target.num_attention_heads} instead of {target.head_dim}, load without "
-            "error and drop rows: give them --arch llama"
+            f"engines that derive head_dim (vLLM's Qwen2) would read {derived_head_dim(target)} "
+            f"instead of {target.head_dim}, load without error and drop rows: give them "
+            "--arch llama"
         )
     return notes

@@ -1,13 +1,14 @@
-"""One parameter at a time: the source's tensors as the target has them, and back."""
+"""One parameter at a time: the source's tensor as the target has it, and back."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minqwen.heads.layout import Layout
+from minqwen.heads.layout import Layout, Slots
 
 HEAD_TENSORS = {  # suffix -> (dimension that is made of heads, "q" or "kv")
     "q_proj.weight": (0, "q"),
@@ -18,116 +19,151 @@ HEAD_TENSORS = {  # suffix -> (dimension that is made of heads, "q" or "kv")
     "v_proj.weight": (0, "kv"),
     "v_proj.bias": (0, "kv"),
 }
-
-
 CHANNEL_TENSORS = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
 
 
 def suffix(name: str) -> str:
+    """The last two parts of a parameter's name: "q_proj.weight"."""
     return ".".join(name.rsplit(".", 2)[-2:])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A parameter as a row of blocks, `unit` elements each along `dim`.
+
+    The source has `count` of them; the target has one for each of `slots`, which says whose it is.
+    """
+
+    dim: int
+    unit: int
+    slots: Slots
+    count: int
+
+
+def blocks_of(name: str, to: Layout) -> Blocks | None:
+    """How `to` moves the parameter `name` (Hugging Face's), or None if it stays as it is."""
+    kind = suffix(name)
+    if kind in CHANNEL_TENSORS and to.intermediate:
+        return Blocks(CHANNEL_TENSORS[kind], 1, to.intermediate, to.source_intermediate)
+    if kind not in HEAD_TENSORS:
+        return None
+    dim, which = HEAD_TENSORS[kind]
+    if which == "kv":
+        return Blocks(dim, to.head_dim, to.kv, to.source_kv_heads)
+    return Blocks(dim, to.head_dim, to.heads, to.source_heads)
 
 
 def extend_tensor(name: str, tensor: Tensor, to: Layout) -> Tensor:
     """One parameter of the source as the target has it. Any dtype; only weighted shares round.
 
-    name: Hugging Face's. Tensors that no layout touches come back as they are.
+    name: Hugging Face's. A tensor that the layout does not touch comes back itself.
     """
-    kind = suffix(name)
-    if kind in CHANNEL_TENSORS and to.intermediate:
-        return _place(tensor, CHANNEL_TENSORS[kind], to.intermediate, 1)
-    if kind not in HEAD_TENSORS:
+    blocks = blocks_of(name, to)
+    if blocks is None:
         return tensor
-    dim, which = HEAD_TENSORS[kind]
-    if which == "kv":
-        return _place(tensor, dim, to.kv, to.head_dim)
+    kind = suffix(name)
     if kind == "o_proj.weight":
-        source = tensor.unflatten(1, (to.source_heads, to.head_dim))
-        columns = source.new_zeros(len(source), len(to.heads), to.head_dim)
-        for head in range(to.source_heads):
-            first, *others = [j for j, h in enumerate(to.heads) if h == head and to.shares[j]]
-            rest = source[:, head].double() if others else source[:, head]
-            for j in others:
-                part = source[:, head].double() * to.shares[j]
-                if to.recipe == "weighted":
-                    part = on_grid_of(source[:, head], part)
-                columns[:, j] = part
-                rest = rest - part
-            columns[:, first] = (
-                rest  # exact: the columns of a head's slots add up to the source's, bit for bit
-            )
-        return columns.flatten(1)
-    rows = _place(tensor, dim, to.heads, to.head_dim)
-    if to.recipe == "random" and None in to.heads:
-        rows = _random_rows(name, tensor, rows, to)
-    return rows
+        return _share_columns(tensor, to)
+    placed = _place(tensor, blocks)
+    if kind.startswith("q_proj") and to.recipe == "random":
+        _fill_with_noise(name, tensor, placed, to)
+    return placed
 
 
 def shrink_tensor(name: str, tensor: Tensor, to: Layout) -> tuple[Tensor, dict[int, float]]:
     """The inverse: the source's parameter out of the target's, and what does not fit.
 
-    Returns (tensor, residuals): residuals[slot] is the largest absolute difference between that slot's weights
-    and what `extend_tensor` would write there from the result: empty when nothing has drifted.
+    Returns (tensor, residuals). residuals[slot] is the largest absolute difference between that
+    slot's weights and what `extend_tensor` would write there from the result. It is empty when
+    nothing has drifted.
     """
-    kind = suffix(name)
-    if kind in CHANNEL_TENSORS and to.intermediate:
-        dim, unit, slots, count = CHANNEL_TENSORS[kind], 1, to.intermediate, to.source_intermediate
-    elif kind in HEAD_TENSORS:
-        dim, which = HEAD_TENSORS[kind]
-        slots, count = (to.heads, to.source_heads) if which == "q" else (to.kv, to.source_kv_heads)
-        unit = to.head_dim
-    else:
+    blocks = blocks_of(name, to)
+    if blocks is None:
         return tensor, {}
-    blocks = tensor.unflatten(dim, (len(slots), unit))
-    first = [slots.index(i) for i in range(count)]
-    source = blocks.index_select(dim, torch.tensor(first, device=tensor.device))
-    if (
-        kind == "o_proj.weight"
-    ):  # a head's columns are the sum of its slots'; halves add up without rounding
-        for head in range(count):
-            parts = [blocks[:, j] for j, h in enumerate(slots) if h == head and to.shares[j]]
-            source[:, head] = parts[0] if len(parts) == 1 else sum(part.double() for part in parts)
-    source = source.flatten(dim, dim + 1)
-    again = extend_tensor(name, source, to).unflatten(dim, (len(slots), unit))
-    residuals = {}
-    for j in range(len(slots)):
-        got, expected = blocks.select(dim, j), again.select(dim, j)
+    target = tensor.unflatten(blocks.dim, (len(blocks.slots), blocks.unit))
+    first = torch.tensor([blocks.slots.index(i) for i in range(blocks.count)], device=tensor.device)
+    source = target.index_select(blocks.dim, first)
+    if suffix(name) == "o_proj.weight":
+        for head in range(blocks.count):
+            source[:, head] = _sum_columns(target, to.contributing_slots(head))
+    source = source.flatten(blocks.dim, blocks.dim + 1)
+    return source, _residuals(name, source, target, to, blocks)
+
+
+def _residuals(
+    name: str, source: Tensor, target: Tensor, to: Layout, blocks: Blocks
+) -> dict[int, float]:
+    again = extend_tensor(name, source, to).unflatten(blocks.dim, (len(blocks.slots), blocks.unit))
+    found = {}
+    for slot in range(len(blocks.slots)):
+        got, expected = target.select(blocks.dim, slot), again.select(blocks.dim, slot)
         if not torch.equal(got, expected):
-            residuals[j] = float((got.double() - expected.double()).abs().max())
-    return source, residuals
+            found[slot] = float((got.double() - expected.double()).abs().max())
+    return found
+
+
+def _share_columns(weight: Tensor, to: Layout) -> Tensor:
+    """o_proj: each head's columns in shares over its slots. [D, H d] -> [D, H' d].
+
+    The first slot gets what the others leave, which is exact: the columns of a head's slots add up
+    to the source's bit for bit.
+    """
+    source: Tensor = weight.unflatten(1, (to.source_heads, to.head_dim))  # [D, H, d]
+    columns = source.new_zeros(len(source), len(to.heads), to.head_dim)
+    for head in range(to.source_heads):
+        first, *others = to.contributing_slots(head)
+        rest = source[:, head].double() if others else source[:, head]
+        for slot in others:
+            part = source[:, head].double() * to.shares[slot]
+            if to.recipe == "weighted":
+                part = on_grid_of(source[:, head], part)
+            columns[:, slot] = part
+            rest = rest - part
+        columns[:, first] = rest
+    return columns.flatten(1)
+
+
+def _sum_columns(columns: Tensor, slots: list[int]) -> Tensor:
+    """A head's o_proj columns [D, d] out of [D, H', d]: the shares add up without rounding."""
+    total = columns[:, slots[0]]
+    for slot in slots[1:]:
+        total = total.double() + columns[:, slot].double()
+    return total
 
 
 def on_grid_of(x: Tensor, part: Tensor) -> Tensor:
-    """`part`, float64, rounded to units in the last place of x: then x - part is exact in x's dtype as well."""
+    """`part`, float64, rounded to units in the last place of x.
+
+    x - part is then exact in x's dtype as well.
+    """
     info = torch.finfo(x.dtype)
     _, exponent = torch.frexp(x.double())
     ulp = torch.ldexp(torch.full_like(part, info.eps / 2), exponent).clamp_min(info.tiny * info.eps)
     return (part / ulp).round() * ulp
 
 
-def _place(tensor: Tensor, dim: int, slots: tuple[int | None, ...], unit: int) -> Tensor:
-    """Blocks of `unit` along `dim`, slot by slot: the source's block, or zeros."""
-    blocks = tensor.unflatten(dim, (-1, unit))
-    index = torch.tensor([0 if s is None else s for s in slots], device=tensor.device)
-    placed = blocks.index_select(dim, index)
-    for j, s in enumerate(slots):
-        if s is None:
-            placed.select(dim, j).zero_()
-    return placed.flatten(dim, dim + 1)
+def _place(tensor: Tensor, blocks: Blocks) -> Tensor:
+    """Slot by slot the source's block, or zeros."""
+    source: Tensor = tensor.unflatten(blocks.dim, (-1, blocks.unit))
+    index = torch.tensor([slot or 0 for slot in blocks.slots], device=tensor.device)
+    placed = source.index_select(blocks.dim, index)
+    for j, slot in enumerate(blocks.slots):
+        if slot is None:
+            placed.select(blocks.dim, j).zero_()
+    return placed.flatten(blocks.dim, blocks.dim + 1)
 
 
-def _random_rows(name: str, source: Tensor, rows: Tensor, to: Layout) -> Tensor:
-    """Fill the slots without a head with normal noise of the source's spread, keyed by (seed, name)."""
+def _fill_with_noise(name: str, source: Tensor, placed: Tensor, to: Layout) -> None:
+    """Normal noise of the source's spread in q's slots without a head, keyed by (seed, name)."""
     key = hashlib.sha256(f"{to.seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-    blocks = rows.unflatten(0, (len(to.heads), to.head_dim))
+    slots = placed.unflatten(0, (len(to.heads), to.head_dim))  # a view of `placed`
     spread = float(source.float().std())
-    for j, head in enumerate(to.heads):
+    for slot, head in zip(slots, to.heads):
         if head is None:
-            noise = torch.randn(blocks[j].shape, generator=generator) * spread
-            blocks[j] = noise.to(source.dtype)
-    return blocks.flatten(0, 1)
+            slot.copy_(torch.randn(slot.shape, generator=generator) * spread)
 
 
 def sha256(tensor: Tensor) -> str:
     """Of a tensor's bytes, little-endian, row by row."""
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()

@@ -1,0 +1,113 @@
+"""What lies beside the weights of an extended checkpoint: how it was made, and out of what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minqwen.checks import mapping, one_of
+from minqwen.config import ModelConfig
+from minqwen.errors import HeadsError, MinqwenError
+from minqwen.files import read_json_object
+from minqwen.heads.layout import ARCHS, Layout
+
+MANIFEST = "minqwen_heads.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """source_config: the source's config.json. source_sha256: of each source tensor's bytes."""
+
+    layout: Layout
+    arch: str
+    source_config: dict[str, Any]
+    source_sha256: dict[str, str]
+
+    def to_json(self) -> str:
+        content = {
+            "format": 1,
+            "layout": self.layout.to_dict(),
+            "arch": self.arch,
+            "source_config": self.source_config,
+            "source_sha256": self.source_sha256,
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    def check_fits(self, config: ModelConfig, where: str | Path) -> None:
+        """Raise HeadsError unless a checkpoint with this config is in the manifest's layout.
+
+        `where`, the checkpoint's directory, begins the error.
+        """
+        to, source = self.layout, self.config(where)
+        expected = {
+            "num_attention_heads": len(to.heads),
+            "num_key_value_heads": len(to.kv),
+            "head_dim": to.head_dim,
+            "intermediate_size": len(to.intermediate) or source.intermediate_size,
+        }
+        same = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+        expected |= {name: getattr(source, name) for name in same}
+        for name, value in expected.items():
+            if getattr(config, name) != value:
+                raise HeadsError(
+                    f"{where}: {name} is {getattr(config, name)} in config.json, "
+                    f"expected {value} by {MANIFEST}: the two are not of one checkpoint"
+                )
+        sizes = (source.num_attention_heads, source.num_key_value_heads, source.head_dim)
+        if sizes != (to.source_heads, to.source_kv_heads, to.head_dim) or (
+            to.intermediate and source.intermediate_size != to.source_intermediate
+        ):
+            raise HeadsError(f"{where}/{MANIFEST}: layout and source_config are not of one model")
+
+    def config(self, where: str | Path) -> ModelConfig:
+        """The source's config. `where`, the checkpoint's directory, begins an error."""
+        return ModelConfig.from_dict(self.source_config, source=f"{where}/{MANIFEST}")
+
+
+def read_manifest(path: str | Path) -> Manifest | None:
+    """The manifest in a checkpoint's directory, or None if the checkpoint is nobody's extension.
+
+    Raises HeadsError for a file that `Manifest.to_json` cannot have written.
+    """
+    file = Path(path) / MANIFEST
+    if not file.exists():
+        return None
+    content = read_json_object(file, HeadsError)
+    try:
+        return _manifest(content)
+    except MinqwenError as error:
+        raise HeadsError(f"{file}: is not a manifest of tools/heads.py ({error})") from None
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    layout = Layout.from_dict(mapping("layout", content.get("layout"), error=HeadsError))
+    layout.check()
+    digests = mapping("source_sha256", content.get("source_sha256"), error=HeadsError)
+    if not all(isinstance(digest, str) for digest in digests.values()):
+        raise HeadsError("source_sha256 holds something else than strings")
+    return Manifest(
+        layout,
+        one_of("arch", content.get("arch"), ARCHS, error=HeadsError),
+        dict(mapping("source_config", content.get("source_config"), error=HeadsError)),
+        dict(digests),
+    )
+
+
+def require_manifest(path: str | Path) -> Manifest:
+    """The manifest of an extended checkpoint; HeadsError if there is none."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise HeadsError(
+            f"{path}: has no {MANIFEST}, so what was added cannot be told from the rest"
+        )
+    return manifest
+
+
+def refuse_extended(path: str | Path) -> None:
+    """Raise HeadsError if the checkpoint in `path` is an extension already."""
+    if (Path(path) / MANIFEST).exists():
+        raise HeadsError(
+            f"{path}: has been extended already ({MANIFEST}): shrink it first, or extend its source"
+        )
