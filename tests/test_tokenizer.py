@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 import minqwen
 from minqwen.chat_template import ChatRenderer
 from minqwen.errors import TokenizerError
-from minqwen.tokenizer import ByteLevelBPE, Tokenizer
+from minqwen.tokenizer import Tokenizer
+from minqwen.tokenizer_backends import ByteLevelBPE
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))
@@ -476,7 +477,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031645\n
     "change, words",
     [
         (broken("tokenizer.json", None), "no tokenizer here"),
-        (broken("tokenizer.json", ""), "tokenizer.json: damaged"),
+        (broken("tokenizer.json", ""), "tokenizer.json: is empty (0 bytes)"),
         (broken("tokenizer.json", '{"version": "1.0"'), "tokenizer.json: damaged"),
         (broken("tokenizer.json", b"\xff\xfe\x00"), "tokenizer.json: damaged"),
         (broken("tokenizer.json", LFS), "git lfs pull"),
@@ -488,8 +489,8 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031645\n
         ),
         (edited("tokenizer.json", model__merges=["x y z"]), "tokenizer.json: damaged"),
         (two_tokens_one_id, "ids are not 0 to"),
-        (broken("tokenizer_config.json", "{"), "tokenizer_config.json: damaged"),
-        (broken("tokenizer_config.json", "[]"), "tokenizer_config.json: expected a JSON object"),
+        (broken("tokenizer_config.json", "{"), "tokenizer_config.json: is not valid JSON"),
+        (broken("tokenizer_config.json", "[]"), "tokenizer_config.json: the top level is [], expected a JSON object"),
         (broken("tokenizer_config.json", LFS), "git lfs pull"),
         (edited("tokenizer_config.json", eos_token="<nope>"), "eos_token is '<nope>'"),
         (edited("tokenizer_config.json", pad_token=7), "pad_token is 7"),
@@ -512,8 +513,8 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031645\n
         (edited("tokenizer_config.json", added_tokens_decoder=[1]), "must map ids"),
         (edited("tokenizer_config.json", chat_template=7), "chat_template must be"),
         (edited("tokenizer_config.json", chat_template=[{"name": "x"}]), "chat_template must be"),
-        (broken("chat_template.jinja", b"\xff"), "chat_template.jinja: damaged"),
-        (broken("config.json", "{"), "config.json: damaged"),
+        (broken("chat_template.jinja", b"\xff"), "chat_template.jinja: is damaged"),
+        (broken("config.json", "{"), "config.json: is not valid JSON"),
     ],
 )
 def test_broken_files(tmp_path, change, words):
@@ -537,7 +538,7 @@ def test_broken_files(tmp_path, change, words):
         ({**ALPHABET, "ab": -1}, "", "ids are not 0 to 256"),
         ({**ALPHABET, "ab": 300}, "a b\n", "ids are not 0 to 256"),
         ({**ALPHABET, "ab": "x"}, "a b\n", "ids are not 0 to 256"),
-        ([], "a b\n", "vocab.json: expected a JSON object"),
+        ([], "a b\n", "vocab.json: the top level is [], expected a JSON object"),
         ({"a": 0, "b": 1, "ab": 2}, "a b\n", "256 byte symbols"),
     ],
 )

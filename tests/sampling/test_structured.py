@@ -15,7 +15,8 @@ from minqwen.engine.sampling import Row, SamplingParams, sample
 
 from minqwen.errors import SamplingError
 from minqwen.sampling.structured import ConstraintCompiler, StructuredOutputs
-from minqwen.tokenizer import ByteLevelBPE, Tokenizer
+from minqwen.tokenizer import Tokenizer
+from minqwen.tokenizer_backends import ByteLevelBPE
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 MERGES = 6000  # of Qwen2.5's 151,387: short to load, and with the tokens that JSON is made of

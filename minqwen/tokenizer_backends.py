@@ -1,0 +1,256 @@
+"""The two libraries that cut text into tokens, with the same methods around both.
+
+`ByteLevelBPE` is the `tokenizers` library, which Qwen2.5 uses; `SentencePiece` is the library of
+that name. `Tokenizer` adds what a checkpoint's other files say. Common to both:
+
+source           the file that was read, for errors
+size             number of tokens; their ids are 0 .. size - 1
+affixes          ids that the file wants before and after a text
+invented_spaces  spaces that encoding may have put before a text, which decoding has to take off:
+                 0, 1, or 2 for one on every piece at the start of the text
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from minqwen.added_tokens import encode_between, finder
+from minqwen.errors import TokenizerError
+from minqwen.files import check_small, read_json_object, read_small
+
+T = TypeVar("T")
+
+# How Qwen2 cuts a text before BPE: contractions; words with one leading character; single digits;
+# punctuation with a leading space; line ends; and white space, whose last blank is left to the word
+# that follows.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPACE = "\u2581"  # how sentencepiece spells a space
+
+
+def load_backend(path: Path, add_prefix_space: bool) -> ByteLevelBPE | SentencePiece:
+    """The tokenizer of a directory.
+
+    It is read from tokenizer.json, else from vocab.json and merges.txt (which leave open whether a
+    space is put before a text: add_prefix_space), else from tokenizer.model.
+    """
+    if os.path.lexists(path / "tokenizer.json"):
+        return ByteLevelBPE.from_json(path / "tokenizer.json")
+    if os.path.lexists(path / "vocab.json") or os.path.lexists(path / "merges.txt"):
+        return ByteLevelBPE.from_vocab(path / "vocab.json", path / "merges.txt", add_prefix_space)
+    if os.path.lexists(path / "tokenizer.model"):
+        return SentencePiece(path / "tokenizer.model")
+    raise TokenizerError(
+        f"{path}: no tokenizer here; expected a directory with tokenizer.json, or "
+        "vocab.json and merges.txt, or tokenizer.model"
+    )
+
+
+def _made_from(path: Path, make: Callable[[], T]) -> T:
+    """make(), a call of a library, in which whatever is raised about a damaged file is one line."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the Rust library is not an Exception
+        words = " ".join(str(error).split())[:200]
+        raise TokenizerError(f"{path}: damaged: {words}; fetch the file again") from None
+
+
+def _wrong_ids(path: Path, size: int) -> TokenizerError:
+    return TokenizerError(
+        f"{path}: {size} tokens, but their ids are not 0 to {size - 1}, one each; "
+        "fetch the file again"
+    )
+
+
+# ---- byte-level BPE -----------------------------------------------------------------------------
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of the 256 bytes, as printable characters, in the order of their ids."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+class ByteLevelBPE:
+    """The `tokenizers` library, from tokenizer.json or from vocab.json and merges.txt."""
+
+    alphabet = _byte_alphabet()
+    invented_spaces = 0
+
+    def __init__(self, library: tokenizers.Tokenizer, source: Path):
+        self.library, self.source = library, source
+        self._check_byte_level()
+        library.no_truncation()
+        library.no_padding()
+        self.affixes = self._post_processor_ids()
+        # The same pipeline without added tokens, for text from people who are not trusted.
+        self._plain = tokenizers.Tokenizer(library.model)
+        if library.normalizer is not None:
+            self._plain.normalizer = library.normalizer
+        if library.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = library.pre_tokenizer
+
+    @classmethod
+    def from_json(cls, path: Path) -> ByteLevelBPE:
+        data = read_small(path, TokenizerError)
+        backend = cls(_made_from(path, lambda: tokenizers.Tokenizer.from_buffer(data)), path)
+        if any(backend.library.id_to_token(id) is None for id in range(backend.size)):
+            raise _wrong_ids(path, backend.size)
+        return backend
+
+    @classmethod
+    def from_vocab(cls, vocab: Path, merges: Path, add_prefix_space: bool) -> ByteLevelBPE:
+        """Qwen2's pipeline around a vocabulary: Unicode's form NFC, QWEN2_SPLIT, bytes, BPE."""
+        ids = list(read_json_object(vocab, TokenizerError).values())
+        if any(type(id) is not int for id in ids) or sorted(ids) != list(range(len(ids))):
+            raise _wrong_ids(vocab, len(ids))
+        check_small(merges, TokenizerError)
+        bpe = _made_from(merges, lambda: models.BPE.from_file(str(vocab), str(merges)))
+        library = tokenizers.Tokenizer(bpe)
+        library.normalizer = normalizers.NFC()
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False),
+            ]
+        )
+        library.decoder = decoders.ByteLevel()
+        return cls(library, vocab)
+
+    def _check_byte_level(self) -> None:
+        decoder = self.library.decoder
+        kind = json.loads(decoder.__getstate__())["type"] if decoder else None
+        if kind != "ByteLevel":
+            raise TokenizerError(
+                f"{self.source}: its decoder is {kind}; only ByteLevel, Qwen2's, is supported"
+            )
+        if any(self.library.token_to_id(symbol) is None for symbol in self.alphabet):
+            raise TokenizerError(
+                f"{self.source}: the vocabulary lacks some of the 256 byte symbols, so texts "
+                "would lose characters; train it with the whole byte alphabet"
+            )
+
+    def _post_processor_ids(self) -> tuple[list[int], list[int]]:
+        """What tokenizer.json's post-processor puts before and after a text; nothing in Qwen2.5."""
+        whole = self.library.encode("a", add_special_tokens=True).ids
+        bare = self.library.encode("a", add_special_tokens=False).ids
+        starts = [n for n in range(len(whole)) if whole[n : n + len(bare)] == bare]
+        start = starts[0] if starts else 0
+        return whole[:start], whole[start + len(bare) :]
+
+    @property
+    def size(self) -> int:
+        return self.library.get_vocab_size()
+
+    def add(self, token: AddedToken) -> None:
+        self.library.add_tokens([token])
+
+    def added(self) -> dict[int, AddedToken]:
+        return self.library.get_added_tokens_decoder()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [one.ids for one in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which added tokens are plain characters."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.library.token_to_id(token)
+
+    def id_to_token(self, id: int) -> str:
+        token = self.library.id_to_token(id)
+        if token is None:
+            raise TokenizerError(
+                f"{self.source}: there is no token {id}; expected 0 to {self.size - 1}"
+            )
+        return token
+
+    def token_bytes(self, id: int) -> bytes:
+        token = self.id_to_token(id)
+        if all(symbol in self.alphabet for symbol in token):
+            return bytes(self.alphabet[symbol] for symbol in token)
+        return token.encode()  # an added token, spelled as it is
+
+
+# ---- sentencepiece ------------------------------------------------------------------------------
+
+
+class SentencePiece:
+    """The `sentencepiece` library, from tokenizer.model.
+
+    The library knows no added tokens, so the text between two of them is encoded on its own.
+    """
+
+    affixes: tuple[list[int], list[int]] = ([], [])
+
+    def __init__(self, path: Path):
+        data = read_small(path, TokenizerError)
+        self.source = path
+        self.model = _made_from(
+            path, lambda: sentencepiece.SentencePieceProcessor(model_proto=data)
+        )
+        self.pieces: int = self.model.get_piece_size()
+        self._added = {
+            id: AddedToken(self.model.id_to_piece(id), special=True, normalized=False)
+            for id in range(self.pieces)
+            if self.model.is_control(id)
+        }
+        # Two spaces are decoded to two, one or no characters.
+        two_spaces = [self.model.piece_to_id(SPACE)] * 2
+        self.invented_spaces = 2 - len(self.model.decode(two_spaces))
+
+    @property
+    def size(self) -> int:
+        return max([self.pieces, *(id + 1 for id in self._added)])
+
+    def add(self, token: AddedToken) -> None:
+        id = self.token_to_id(token.content)
+        self._added[self.size if id is None else id] = token
+
+    def added(self) -> dict[int, AddedToken]:
+        return self._added
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        added = {token.content: id for id, token in self._added.items()}
+        find = finder(added)
+        return [encode_between(text, find, added, self.encode_plain) for text in texts]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which added tokens are plain characters."""
+        ids: list[int] = self.model.encode(text)
+        return ids
+
+    def token_to_id(self, token: str) -> int | None:
+        for id, added in self._added.items():
+            if added.content == token:
+                return id
+        id = self.model.piece_to_id(token)  # the unknown token's, for what is not a piece
+        return id if self.model.id_to_piece(id) == token else None
+
+    def id_to_token(self, id: int) -> str:
+        token: str = self._added[id].content if id in self._added else self.model.id_to_piece(id)
+        return token
+
+    def token_bytes(self, id: int) -> bytes:
+        if id in self._added:
+            return self._added[id].content.encode()
+        piece: str = self.model.id_to_piece(id)
+        if self.model.is_byte(id):
+            return bytes([int(piece[3:5], 16)])  # spelled <0x0A>
+        if self.model.is_unknown(id):
+            return "\u2047 ".encode()  # sentencepiece's sign for it
+        return piece.replace(SPACE, " ").encode()
