@@ -23,7 +23,7 @@ from minqwen.checkpoint import write_checkpoint
 from minqwen.errors import CheckpointError, MinqwenError
 from minqwen.files import write_text
 from minqwen.lab.tasks import Chapter
-from minqwen.tokenizer import QWEN2_SPLIT
+from minqwen.tokenizer_backends import QWEN2_SPLIT
 
 SHAPE: dict[str, object] = {  # the 7B's ratios (28 query heads to 4), not its sizes
     "architectures": ["Qwen2ForCausalLM"],
@@ -80,7 +80,6 @@ def make_tokenizer(chapters: list[Chapter], directory: Path) -> tuple[Tokenizer,
     end, pad = library.token_to_id("<|im_end|>"), library.token_to_id("<|endoftext|>")
     ids = {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad}
     config = ModelConfig.from_dict({**SHAPE, **ids})
-    directory.mkdir(parents=True, exist_ok=True)
     config.save(directory)
     # The sampling of Qwen2.5-7B-Instruct: greedy text of so small a model runs in circles.
     generation = {
