@@ -1,23 +1,65 @@
-"""What the command lines in tools/ share: the model's flags, one-line errors, one voice under torchrun."""
+"""What the command lines in tools/ share: the model's flags, one-line errors, output of rank 0."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
+from minqwen.checks import did_you_mean
 from minqwen.errors import MinqwenError
 from minqwen.parallel import Mesh
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "embedded"
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake in one line, with the flag that was probably meant.
+
+    A flag must be written out: with abbreviations, a flag that is added later changes the meaning
+    of a script.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.commands: dict[str, Parser] = {}
+
+    def add_command(self, name: str, **kwargs: Any) -> Parser:
+        """One of several commands, `tools/heads.py NAME`; its name is in `args.command`."""
+        if not self.commands:
+            self._subparsers_action = self.add_subparsers(dest="command", required=True)
+        command: Parser = self._subparsers_action.add_parser(name, **kwargs)
+        self.commands[name] = command
+        return command
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown(unknown))
+        return found
+
+    def _unknown(self, words: Sequence[str]) -> str:
+        """One line about arguments that nobody expects."""
+        flag = next((word for word in words if word.startswith("-")), words[0])
+        return f"unexpected argument {flag!r}{did_you_mean(flag.split('=')[0], self.flags())}"
+
+    def flags(self) -> set[str]:
+        """Every flag of this command line and of its commands."""
+        helps = [self.format_help(), *(command.format_help() for command in self.commands.values())]
+        return {flag for text in helps for flag in re.findall(r"--[\w-]+", text)}
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n" if is_first_rank() else "")
+
+
 def model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --device, --arithmetic, --offload, --check-finite: what `checkpoint.load_pretrained` takes."""
+    """--model and what `checkpoint.load_pretrained` takes besides it."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -48,6 +90,17 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--check-finite", action="store_true", help="refuse weights that hold NaN or infinity"
     )
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of `model_flags`, as keyword arguments of LLM and of `load_pretrained`."""
+    return {
+        "dtype": args.dtype,
+        "device": args.device,
+        "arithmetic": args.arithmetic,
+        "offload": args.offload,
+        "check_finite": args.check_finite,
+    }
 
 
 def check_writable(path: str | Path, flag: str) -> None:
@@ -91,10 +144,10 @@ def share_text(mesh: Mesh, text: str | None) -> str | None:
     if mesh.size == 1:
         return text
     raw = b"" if text is None else text.encode("utf-8", "surrogatepass")
-    size = mesh.broadcast(torch.tensor([-1 if text is None else len(raw)], device=mesh.device))
-    if int(size) < 0:
+    size = int(mesh.broadcast(torch.tensor([-1 if text is None else len(raw)], device=mesh.device)))
+    if size < 0:
         return None
-    data = torch.zeros(int(size), dtype=torch.uint8, device=mesh.device)
+    data = torch.zeros(size, dtype=torch.uint8, device=mesh.device)
     if mesh.rank == 0:
         data.copy_(torch.tensor(list(raw), dtype=torch.uint8))
     return bytes(mesh.broadcast(data).tolist()).decode("utf-8", "surrogatepass")

@@ -1,7 +1,8 @@
-"""What is computed, nothing else: no files, no scheduling, no flags.
+"""What is computed, nothing else: no scheduling, no flags, and no file but through checkpoint.
 
-`qwen2.py` is the forward pass; `rope.py`, `attention.py` and `arithmetic.py` are the parts it is made of, and
-`exact.py` is the other arithmetic.
+Read qwen2.py, the forward pass. rope.py, attention.py and arithmetic.py are the parts it is made
+of; exact.py is the other arithmetic. batch.py says which tokens a step has, kv_cache.py keeps keys
+and values, trace.py names the intermediates, memory.py counts bytes.
 """
 
 from minqwen.model.arithmetic import Native

@@ -1,53 +1,128 @@
-"""The few operations the model is made of, in the meanings of "right" that minqwen offers.
+"""The few operations that the model is made of, and the linear layers that they work on.
 
-`Native` is PyTorch in the model's own dtype with Hugging Face's rounding points: bit for bit transformers'
-eager attention. With float64 weights the same lines are float64 throughout: the truth that errors are
-measured against.
+`Native` is PyTorch in the model's own dtype, with Hugging Face's rounding points in Hugging Face's
+order: its logits equal those of transformers' eager attention bit for bit. With float64 weights the
+same lines compute in float64 throughout: the truth that errors are measured against. Another
+arithmetic is a subclass that overrides some of these methods: `Exact` in exact.py, for example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
+from minqwen.model.attention import dense_attention, paged_attention
+from minqwen.model.batch import Batch
+from minqwen.model.kv_cache import KVCache
 from minqwen.model.rope import rotary_table, rotate_half
-from minqwen.parallel import Mesh
+from minqwen.model.trace import Tap
+from minqwen.parallel import SINGLE, Mesh
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. weight [out, in], bias [out] or None; the arithmetic decides how."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    mesh = SINGLE  # the ranks that hold the other columns of this weight's rows
+    # Set by exact arithmetic's `prepare`: which weight it has prepared, in which version, and which
+    # of its columns are not all zero (None: all).
+    prepared: tuple[nn.Parameter, int] | None = None
+    live: Tensor | None
+
+    def __init__(
+        self,
+        ops: Native,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.ops = ops
+        self.register_buffer("live", None, persistent=False)
+        weight = torch.empty(out_features, in_features, **factory)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        zeros = torch.empty(out_features, **factory) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self)
+
+
+class RowParallelLinear(Linear):
+    """The same with W's columns spread over the ranks of `mesh`; the partial results are summed."""
+
+    def __init__(
+        self,
+        ops: Native,
+        mesh: Mesh,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        **factory: Any,
+    ):
+        super().__init__(ops, in_features, out_features, bias, **factory)
+        self.mesh = mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.row_parallel_linear(x, self, self.mesh)
 
 
 class Native:
     """torch operations in the model's dtype, rounding where transformers rounds, in its order."""
 
     name = "native"
+    order_free = False  # True: the order of a sum (batch, degree, kernel) changes no bit
+    can_save = True  # False: the weights in memory are no longer those of the checkpoint
+
+    def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a step's activations are computed in when they are stored in `dtype`."""
+        return dtype
 
     def check(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
-        """Raise ConfigError, before any weight is read, for a model that this arithmetic cannot compute."""
+        """Raise ConfigError, before any weight is read, for a model that cannot be computed."""
 
-    def prepare(self, linear: nn.Module, mesh: Mesh) -> None:
-        """Make a weight ready, once, at load. `linear` has `weight` [out, in] and `bias` [out] or None; `mesh`
-        are the ranks that hold the other columns of the same rows."""
+    def prepare(self, linear: Linear, mesh: Mesh) -> None:
+        """Make a weight ready, once, at load. `mesh`: the ranks with the rows' other columns."""
 
     def rotary_table(
         self, config: ModelConfig, length: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0..length-1, [length, d] each."""
         return rotary_table(config, length, dtype)
 
-    def linear(self, x: Tensor, linear: nn.Module) -> Tensor:
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """x W^T + b with one rounding. [T, in] -> [T, out]."""
         return F.linear(x, linear.weight, linear.bias)
 
-    def row_parallel_linear(self, x: Tensor, linear: nn.Module, mesh: Mesh) -> Tensor:
-        """The sum over ranks of x W^T, each rank with its columns of W. [T, in/size] -> [T, out]."""
+    def row_parallel_linear(self, x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
+        """The sum over ranks of x W^T, each rank with its columns of W. [T, in/size] -> [T, out].
+
+        Partial sums of several ranks meet in float32 at least and are rounded once.
+        """
         y = F.linear(x, linear.weight)
-        if mesh.size > 1:  # partial sums meet in float32 at least, and are rounded once
+        if mesh.size > 1:
             y = mesh.all_reduce(y, dtype=torch.promote_types(y.dtype, torch.float32))
         return y if linear.bias is None else y + linear.bias
 
+    def project(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+        """Several linear layers of one input: q, k and v, or gate and up.
+
+        x [T, in] -> [T, out] each. They are called as modules, so that a forward hook on one of
+        them works. An arithmetic that packs their weights into one matrix overrides this.
+        """
+        return tuple(linear(x) for linear in linears)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x^2) + eps), rounded, then times weight (arXiv:1910.07467; no bias, no "1 +")."""
+        """x / sqrt(mean(x^2) + eps), rounded, then times weight (arXiv:1910.07467).
+
+        There is no bias and no "1 +" before the weight.
+        """
         wide = x if x.dtype == torch.float64 else x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return wide.to(x.dtype).mul_(weight)
@@ -65,13 +140,13 @@ class Native:
         return k, v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Tap
     ) -> Tensor:
         """softmax(q k^T scale) v (arXiv:1706.03762), the softmax in float32 at least.
 
-        q [N, heads, R, d]; k, v [N, heads, L, d]. hidden: bool, broadcast to [N, heads, R, n], which of the last n
-        keys a query must not see; None: it sees all. Returns z [N, heads, R, d]. `tap(name, x)` shows
-        "attn.scores" and "attn.pattern" [N, heads, R, L].
+        q [N, heads, R, d]; k, v [N, heads, L, d] -> [N, heads, R, d]. hidden: bool, broadcast to
+        [N, heads, R, n]: which of the last n keys a query must not see; None: it sees all of them.
+        `tap` gets "attn.scores" and "attn.pattern" [N, heads, R, L].
         """
         scores = head_matmul(q, k.transpose(-1, -2)).mul_(scale)
         if hidden is not None:
@@ -81,21 +156,43 @@ class Native:
         pattern = tap("attn.pattern", torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype))
         return head_matmul(pattern, v)
 
+    def attend_dense(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, tap: Tap
+    ) -> Tensor:
+        """Causal attention of whole sequences. q [T, H, d]; k, v [T, K, d] -> [T, H, d]."""
+        k, v = self.cached(k, v)  # what a cache would hold
+        return dense_attention(self.attend, q, k, v, batch, scale, tap)
+
+    def attend_paged(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        scale: float,
+        tap: Tap,
+        cache: KVCache,
+        layer: int,
+    ) -> Tensor:
+        """The same for new tokens against their whole context, which the cache then holds."""
+        cache.write(layer, batch.slots, *self.cached(k, v))
+        return paged_attention(self.attend, q, batch, scale, tap, cache, layer)
+
 
 def head_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b for a [N, heads, R, m], b [N, heads, m, n], rounded once to their dtype.
 
-    What comes from pages lies in memory token by token, each with all its heads. torch.matmul would copy that, if N
-    is more than 1: heads are multiplied one by one. And on a CPU a 16-bit product has its kernel compiled for every
-    new length of the context: it is computed in float32 there.
+    What comes out of the cache lies in memory token by token, each token with all its heads.
+    torch.matmul would copy it if N is more than 1, so the heads are multiplied one by one. And on a
+    CPU a 16-bit product has its kernel compiled for every new length of the context, so it is
+    computed in float32 there.
     """
     by_tokens = 0 < b.stride(1) < max(b.stride()[2:])
     if not by_tokens:
         return torch.matmul(a, b)
     if a.element_size() == 2 and a.device.type == "cpu":
-        return torch.matmul(
-            a.float(), b.to(torch.float32, memory_format=torch.contiguous_format)
-        ).to(a.dtype)
+        wide = b.to(torch.float32, memory_format=torch.contiguous_format)
+        return torch.matmul(a.float(), wide).to(a.dtype)
     if len(b) == 1:
         return torch.matmul(a, b)
     return torch.stack([torch.bmm(a[:, i], b[:, i]) for i in range(a.shape[1])], 1)

@@ -1,6 +1,8 @@
-"""Causal attention with grouped key/value heads (GQA, arXiv:2305.13245): dense, the oracle, and over pages.
+"""Causal attention with grouped key/value heads (GQA, arXiv:2305.13245): dense, and over a cache.
 
-Query head h reads key/value head h // G. Both functions have one signature and agree (tests/test_model.py).
+Query head h reads key/value head h // G. The dense form is the definition; the paged form computes
+the same from the blocks of a cache, and tests/model/test_qwen2.py holds that they agree. What both
+do with one group of rows is the arithmetic's: `attend`.
 """
 
 from __future__ import annotations
@@ -10,94 +12,101 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minqwen.model.batch import Batch
+from minqwen.model.batch import Batch, Span
 from minqwen.model.kv_cache import KVCache
+from minqwen.model.trace import Tap
+
+# `Native.attend` or another arithmetic's: q, k, v, hidden, scale, tap -> z.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, Tap], Tensor]
 
 
 def tile_rows(device: torch.device, scores_per_row: int) -> int:
-    """How many query tokens attend at a time, if each has so many scores: memory grows with the context, not its
-    square, and on a CPU the passes over a tile find it in the second-level cache."""
-    return max(16, (1 << 18 if device.type == "cpu" else 1 << 26) // scores_per_row)
+    """How many query tokens attend at a time, if each of them has so many scores.
+
+    Memory then grows with the context and not with its square, and on a CPU the passes over a tile
+    find it in the second-level cache.
+    """
+    scores = 1 << 18 if device.type == "cpu" else 1 << 26
+    return max(16, scores // scores_per_row)
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """[length, length] bool, True where a key (column) comes after a query (row)."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
 def dense_attention(
-    ops, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, tap: Callable
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, tap: Tap
 ) -> Tensor:
-    """Every sequence whole, of equal length: the definition. q [T, H, d]; k, v [T, K, d] -> [T, H, d]."""
+    """Every sequence whole, all of equal length. q [T, H, d]; k, v [T, K, d] -> [T, H, d]."""
     B, L, G = len(batch.query_lens), batch.query_lens[0], q.shape[1] // k.shape[1]
-    k, v = ops.cached(k, v)  # what a cache would hold
     q, k, v = (x.unflatten(0, (B, L)).transpose(1, 2) for x in (q, k, v))  # [B, heads, L, d]
     k, v = k.contiguous(), v.contiguous()  # as transformers' cache hands them on
-    if (
-        G > 1
-    ):  # key/value head j serves query heads j G .. j G + G - 1; expanded, not repeat_interleave'd, because
-        # the strides of transformers' keys decide which kernel multiplies them, and so their last bits
+    if G > 1:
+        # Key/value head j serves query heads j G .. j G + G - 1. It is expanded and not
+        # repeat_interleave'd, because the strides of transformers' keys decide which kernel
+        # multiplies them, and so the last bits of the scores.
         k, v = (x.unsqueeze(2).expand(-1, -1, G, -1, -1).flatten(1, 2) for x in (k, v))
-    hidden = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1) if L > 1 else None
-    z = ops.attend(q, k, v, hidden, scale, tap)
+    hidden = causal_mask(L, q.device) if L > 1 else None
+    z = attend(q, k, v, hidden, scale, tap)
     return z.transpose(1, 2).flatten(0, 1)
 
 
 def paged_attention(
-    ops,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch: Batch,
-    scale: float,
-    tap: Callable,
-    cache: KVCache,
-    layer: int,
+    attend: Attend, q: Tensor, batch: Batch, scale: float, tap: Tap, cache: KVCache, layer: int
 ) -> Tensor:
-    """New tokens against their whole context in the cache. q [T, H, d]; k, v [T, K, d] -> [T, H, d].
+    """New tokens against their whole context in the cache. q [T, H, d] -> [T, H, d].
 
-    The G query heads of a group are rows against one key/value head: nothing is repeated. Decodes go together,
-    what brings more tokens goes alone, some tokens at a time.
+    The G query heads of a group become rows against one key/value head, so nothing is repeated.
+    Sequences that bring one token go together; one that brings more goes alone.
     """
-    cache.write(layer, batch.slots, *ops.cached(k, v))
-    H, K, d = q.shape[1], *k.shape[1:]
-    parts, start = [], 0  # [n, H, d] each
-    for run in batch.runs:
-        R, L, count = run.query_len, run.length, run.count
-        ks, vs = cache.read(layer, run.block_tables, L)
-        if R == 1:
-            if (
-                run.past is not None
-            ):  # 0 * NaN is NaN, and what lies there may be anything; `read` gave a copy
-                vs[..., -run.past.shape[-1] :, :].masked_fill_(run.past.transpose(-1, -2), 0)
-            z = ops.attend(
-                q[start : start + count].view(count, K, H // K, d),
-                ks,
-                vs,
-                run.past,
-                scale,
-                tap.paged(run.first, count, 0),
-            )
-            parts.append(z.view(count, H, d))
+    parts: list[Tensor] = []  # [n, H, d] each
+    start = 0
+    for span in batch.spans:
+        k, v = cache.read(layer, span.block_tables, span.length)  # [count, K, L, d] each
+        tokens = q[start : start + span.count * span.query_len]
+        start += len(tokens)
+        if span.query_len == 1:
+            parts.append(_decode(attend, tokens, k, v, span, scale, tap))
         else:
-            tile = min(R, tile_rows(q.device, H * L)) if tap.tiles else R
-            future = (
-                torch.ones(tile, tile, dtype=torch.bool, device=q.device)
-                .triu(1)
-                .repeat(H // K, 1, 1)
-            )
-            for r in range(0, R, tile):
-                n = min(tile, R - r)
-                seen = (
-                    L - R + r + n
-                )  # by the tile's last token; the one before does not see the last of these, ...
-                hidden = future[:, :n, :n].flatten(0, 1)  # [G n, n]
-                part = (
-                    q[start + r : start + r + n].view(n, K, H // K, d).permute(1, 2, 0, 3)
-                )  # [K, G, n, d]
-                z = ops.attend(
-                    part.reshape(1, K, -1, d),
-                    ks[..., :seen, :],
-                    vs[..., :seen, :],
-                    hidden,
-                    scale,
-                    tap.paged(run.first, 1, r),
-                )
-                parts.append(z.view(part.shape).permute(2, 0, 1, 3).reshape(n, H, d))
-        start += count * R
+            parts += _prefill(attend, tokens, k, v, span, scale, tap)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, tap: Tap
+) -> Tensor:
+    """One token of each sequence. q [count, H, d]; k, v [count, K, L, d] -> [count, H, d]."""
+    if span.past is not None:
+        # What lies beyond a context may be anything, even NaN, and 0 times NaN is NaN. `v` is a
+        # copy that may be written to.
+        v[..., -span.past.shape[-1] :, :].masked_fill_(span.past.transpose(-1, -2), 0)
+    rows = q.view(span.count, k.shape[1], -1, q.shape[-1])  # [count, K, G, d]
+    z = attend(rows, k, v, span.past, scale, tap.paged(span.first, span.count, 0))
+    return z.view(q.shape)
+
+
+def _prefill(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, tap: Tap
+) -> list[Tensor]:
+    """Several tokens of one sequence, a tile of them at a time. q [R, H, d] -> [n, H, d] each."""
+    (R, H, d), K, L = q.shape, k.shape[1], span.length
+    tile = min(R, tile_rows(q.device, H * L)) if tap.tiles else R
+    future = causal_mask(tile, q.device).repeat(H // K, 1, 1)  # [G, tile, tile]
+    parts = []
+    for r in range(0, R, tile):
+        n = min(tile, R - r)
+        # The tile's last token sees so many keys; the one before it does not see the last of them.
+        seen = L - R + r + n
+        hidden = future[:, :n, :n].flatten(0, 1)  # [G n, n]
+        rows = q[r : r + n].view(n, K, H // K, d).permute(1, 2, 0, 3)  # [K, G, n, d]
+        z = attend(
+            rows.reshape(1, K, -1, d),
+            k[..., :seen, :],
+            v[..., :seen, :],
+            hidden,
+            scale,
+            tap.paged(span.first, 1, r),
+        )
+        parts.append(z.view(rows.shape).permute(2, 0, 1, 3).reshape(n, H, d))
+    return parts

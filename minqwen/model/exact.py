@@ -1,14 +1,16 @@
-"""Exact: sums whose order cannot matter, so that logits are the same bits everywhere, by construction.
+"""Exact: sums whose order cannot matter, so that logits have the same bits everywhere.
 
-Floating-point addition rounds, so the last bits of a matrix product depend on how the kernel tiles it, and with
-it on the batch, the number of threads, the tensor-parallel degree, the library, the device. Here the rounding
-is done *before* the sum: operands are snapped to a grid, an integer number of units (a power of two), so coarse
-that every product and every partial sum, in whatever order, is an integer of at most 2^53 product units. float64
-holds those without rounding. What is left of rounding is elementwise IEEE 754, which is the same on any machine.
+Floating-point addition rounds. So the last bits of a matrix product depend on how the kernel tiles
+it, and with that on the batch, the number of threads, the tensor-parallel degree, the library and
+the device. Here the rounding is done *before* the sum. Operands are snapped to a grid, that is,
+rounded to an integer number of units (a power of two). The grid is so coarse that every product and
+every partial sum, in whatever order, is an integer of at most 2^53 product units, which float64
+holds without rounding. What is left of rounding is elementwise IEEE 754, the same on any machine.
 
-Units are fixed by the values, never by shapes. Two vectors' units follow from their 2-norms: by Cauchy and
-Schwarz any partial sum of x . w is at most |x| |w|, so `bits(x) + bits(w) = 53` below the norms is enough for
-any length, and zeros (padded heads) change nothing. The budget of every sum, in bits:
+Units follow from the values, never from shapes. The units of two vectors follow from their 2-norms:
+by Cauchy and Schwarz any partial sum of x . w is at most |x| |w|, so `bits(x) + bits(w) = 53` below
+the norms is enough for any length, and zeros (padded heads) change nothing. The budget of every
+sum, in bits:
 
     sum                   terms are multiples of                       largest sum
     linear                |x| 2^-27 times |w| 2^-26, per row           27 + 26 = 53
@@ -18,15 +20,15 @@ any length, and zeros (padded heads) change nothing. The budget of every sum, in
                           2^-23 of v's largest entry, per token
     sums of squares       2^-38 of the largest; 2^15 terms             38 + 15 = 53
 
-(pre-rounding: Demmel and Hida 2004; Rump, Ogita and Oishi 2008; Ozaki et al. 2012, doi:10.1007/s11075-011-9478-1.)
-docs/exact-arithmetic.md has the proof, what follows from it and what does not.
+(Pre-rounding: Demmel and Hida 2004; Rump, Ogita and Oishi 2008; Ozaki et al. 2012,
+doi:10.1007/s11075-011-9478-1.) docs/exact-arithmetic.md has the proof, what follows from it and
+what does not.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from fractions import Fraction
 
@@ -36,8 +38,9 @@ from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError, MinqwenError
-from minqwen.model.arithmetic import Native
+from minqwen.model.arithmetic import Linear, Native
 from minqwen.model.rope import inverse_frequencies
+from minqwen.model.trace import Tap
 from minqwen.parallel import SINGLE, Mesh
 
 X_BITS, W_BITS = 27, 26  # a linear's input and weight
@@ -46,54 +49,66 @@ EXP_BITS, CONTEXT = 36, 1 << 17
 P_BITS, V_BITS = 29, 23
 SQUARE_BITS, WIDTH = 38, 1 << 15
 
-BLOCK = (
-    1 << 15
-)  # float64s per thread to work on at a time: chains of operations stay in a CPU's second-level cache
+# float64 numbers for each thread to work on at a time: a chain of operations then stays in a CPU's
+# second-level cache.
+CHUNK = 1 << 15
 
 
-# ---------------------------------------------------------------------------------------------- grids
+# ---- grids --------------------------------------------------------------------------------------
+
+
 def pow2(a: Tensor) -> Tensor:
-    """The smallest power of two that is at least a, for float64 a >= 0 (0 of 0). Carries into the exponent bits."""
+    """The smallest power of two that is at least a, for float64 a >= 0 (0 of 0).
+
+    The addition carries into the exponent bits unless the mantissa is zero.
+    """
     mantissa = (1 << 52) - 1
     return ((a.view(torch.int64) + mantissa) & ~mantissa).view(torch.float64)
 
 
 def snap(x: Tensor, unit: Tensor | float, out: Tensor | None = None) -> Tensor:
-    """x, float64, rounded to multiples of `unit`, a power of two with |x| < 2^51 unit; ties to even.
+    """x, float64, rounded to multiples of `unit`, a power of two with |x| < 2^51 unit.
 
-    1.5 * 2^52 units have an ulp of one unit, so adding them rounds. Never gives -0. A unit of 0 leaves x alone.
+    Ties go to the even multiple. 1.5 * 2^52 units have an ulp of one unit, so adding them rounds.
+    The result is never -0. A unit of 0 leaves x alone.
     """
     magic = unit * (1.5 * 2.0**52)
     return torch.add(x, magic, out=out).sub_(magic)
 
 
 def root_above(square: Tensor) -> Tensor:
-    """The smallest power of two that is at least the root of `square`, float64: half the exponent, rounded up."""
+    """The smallest power of two that is at least the root of `square`, float64.
+
+    It has half the exponent of the smallest power of two that is at least `square`, rounded up.
+    """
     exponent = pow2(square).view(torch.int64) >> 52  # + 1023
     return ((exponent + 1024 >> 1) << 52).view(torch.float64)
 
 
 def snap_below_norm(x: Tensor, bits: int, mesh: Mesh = SINGLE) -> Tensor:
-    """x [..., n <= 2^15] in float64, each row snapped to 2^-bits of a power of two that no row's 2-norm exceeds,
-    neither before nor after. `mesh` holds the rows' other columns.
+    """x [..., n <= 2^15] in float64, each row snapped to 2^-bits of a power of two.
 
-    The norm's square is exact: entries snapped to 2^-19 of the largest have squares on a 2^-38 grid. The margin
-    of 2^-8 covers what both snaps can add: less than 2^-11 of the norm for 2^15 entries.
+    The row's 2-norm does not exceed that power of two, neither before nor after. `mesh` holds the
+    rows' other columns. The norm's square is exact: entries snapped to 2^-19 of the largest one
+    have squares on a 2^-38 grid. The margin of 2^-8 covers what both snaps can add, which is less
+    than 2^-11 of the norm for 2^15 entries.
     """
     wide, rows = widened(x), rows_at_once(x)
     top = pow2(mesh.all_reduce(x.abs().amax(-1, keepdim=True).double(), "max"))
     square = torch.empty_like(top)
-    for x, unit, total in zip(wide.split(rows), (top * 2.0**-19).split(rows), square.split(rows)):
-        x = snap(x, unit)
-        torch.sum(x.mul_(x), -1, keepdim=True, out=total)
+    for some, unit, total in zip(
+        wide.split(rows), (top * 2.0**-19).split(rows), square.split(rows)
+    ):
+        snapped = snap(some, unit)
+        torch.sum(snapped.mul_(snapped), -1, keepdim=True, out=total)
     units = root_above(mesh.all_reduce(square) * (1 + 2.0**-8)) * 2.0**-bits
-    for x, unit in zip(wide.split(rows), units.split(rows)):
-        snap(x, unit, out=x)
+    for some, unit in zip(wide.split(rows), units.split(rows)):
+        snap(some, unit, out=some)
     return wide
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in float64, in memory of its own: it will be written to."""
+    """x in float64, in memory of its own: the caller will write to it."""
     return x.to(torch.float64, copy=True)
 
 
@@ -101,22 +116,22 @@ def rows_at_once(x: Tensor) -> int:
     """How many rows of x to work on at a time."""
     if x.device.type != "cpu":
         return len(x) + 1
-    return max(1, BLOCK * torch.get_num_threads() * len(x) // max(1, x.numel()))
+    return max(1, CHUNK * torch.get_num_threads() * len(x) // max(1, x.numel()))
 
 
 def within(count: int, most: int, what: str) -> None:
+    """Raise ConfigError if a sum is longer than its budget allows."""
     if count > most:
         raise ConfigError(
             f"{what} is {count}: exact arithmetic is proven up to {most}; use arithmetic native"
         )
 
 
-# ---------------------------------------------------------------------------------------------- functions
+# ---- functions ----------------------------------------------------------------------------------
+
 LOG2_E = 1.4426950408889634
 LN2_HIGH = 0x2C5C85FDF4 * 2.0**-38  # 38 bits of ln 2, ...
-LN2_LOW = (
-    0x1CF79ABC9E3 * 2.0**-80
-)  # ... and 41 of the rest: their products with an 11-bit integer are exact
+LN2_LOW = 0x1CF79ABC9E3 * 2.0**-80  # ... and 41 of the rest: times an 11-bit integer, both exact
 # (r/2) coth(r/2) = 1 + r^2/12 - r^4/720 + ..., coefficients B_2n / (2n)! with Bernoulli's numbers
 BERNOULLI = [
     Fraction(1, 6),
@@ -130,32 +145,40 @@ COTH = [float(b / math.factorial(2 * n)) for n, b in enumerate(BERNOULLI, 1)]
 
 
 def exp(x: Tensor) -> Tensor:
-    """e^x of float64 x, within 2.3e-16 of the truth for -708 <= x <= 709, clamped there; exp(0) is 1.
+    """e^x of float64 x, within 2.3e-16 of the truth for -708 <= x <= 709, clamped there.
 
-    x = n ln 2 + r with |r| <= ln 2 / 2, e^r = 1 + r / ((r/2) coth(r/2) - r/2), and n goes into the exponent
-    bits. Only separate IEEE operations, or exact products, which a fused multiply-add does not change.
+    exp(0) is 1. x = n ln 2 + r with |r| <= ln 2 / 2, e^r = 1 + r / ((r/2) coth(r/2) - r/2), and n
+    goes into the exponent bits. There are only separate IEEE operations, or exact products, which a
+    fused multiply-add does not change.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, y = x.flatten(), out.view(-1)
-    size = rows_at_once(x)
-    for x, y in zip(x.split(size), y.split(size)):
-        r = x.clamp(-708.0, 709.0)
-        n = (r * LOG2_E).add_(1.5 * 2.0**52)
-        t = n - 1.5 * 2.0**52  # nearest integer; n holds it in its last bits
-        r.sub_(t, alpha=LN2_HIGH).sub_(t, alpha=LN2_LOW)
-        torch.mul(r, r, out=t)
-        torch.mul(t, COTH[-1], out=y)
-        for c in COTH[-2::-1]:
-            y.add_(c).mul_(t)
-        y.add_(1.0).sub_(r, alpha=0.5)
-        torch.div(r, y, out=y).add_(1.0)
-        y.view(torch.int64).add_(n.view(torch.int64).bitwise_left_shift_(52))
+    size = rows_at_once(x.flatten())
+    for some, y in zip(x.flatten().split(size), out.view(-1).split(size)):
+        _exp_into(some, y)
     return out
 
 
+def _exp_into(x: Tensor, y: Tensor) -> None:
+    """y = e^x, for one chunk of numbers."""
+    r = x.clamp(-708.0, 709.0)
+    n = (r * LOG2_E).add_(1.5 * 2.0**52)
+    t = n - 1.5 * 2.0**52  # the nearest integer; n holds it in its last bits
+    r.sub_(t, alpha=LN2_HIGH).sub_(t, alpha=LN2_LOW)
+    torch.mul(r, r, out=t)
+    torch.mul(t, COTH[-1], out=y)
+    for c in COTH[-2::-1]:
+        y.add_(c).mul_(t)
+    y.add_(1.0).sub_(r, alpha=0.5)
+    torch.div(r, y, out=y).add_(1.0)
+    y.view(torch.int64).add_(n.view(torch.int64).bitwise_left_shift_(52))
+
+
 def sqrt(a: Tensor) -> Tensor:
-    """Heron's method from a start within 7%, for float64 a > 0. torch.sqrt will not do: on a CPU it may call MKL,
-    which is off by the last bit for one argument in 150, where IEEE 754, and a GPU, are not."""
+    """The root of float64 a > 0, by Heron's method from a start within 7%.
+
+    torch.sqrt cannot be used: on a CPU it may call MKL, which is off in the last bit for one
+    argument in 150. IEEE 754, and a GPU, are not.
+    """
     s = ((a.view(torch.int64) >> 1) + (1023 << 51)).view(torch.float64)
     for _ in range(4):
         s = (a / s).add_(s).mul_(0.5)
@@ -167,7 +190,10 @@ HALF_PI = [0x1921FB544 * 2.0**-32, 0x85A308D3 * 2.0**-65, 0x2633145C * 2.0**-98]
 
 
 def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of float32 angles of at most 2^20 radians, in float32, by Taylor's series on [-pi/4, pi/4]."""
+    """Cosine and sine of float32 angles of at most 2^20 radians, in float32.
+
+    By Taylor's series on [-pi/4, pi/4]: 1 - t/2! + t^2/4! ... and 1 - t/3! + t^2/5! ..., t = a^2.
+    """
     a = angles.double()
     magic = 1.5 * 2.0**52
     n = (a * (2 / math.pi)).add_(magic).sub_(magic)
@@ -175,7 +201,7 @@ def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
         a.sub_(n, alpha=part)
     t = a * a
     series = []
-    for first in (0, 1):  # 1 - t/2! + t^2/4! ..., 1 - t/3! + t^2/5! ...
+    for first in (0, 1):
         y = torch.zeros_like(t)
         for i in range(16 + first, first, -2):
             y.add_((-1) ** (i // 2) / math.factorial(i)).mul_(t)
@@ -183,66 +209,71 @@ def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
     c, s, quadrant = series[0], series[1].mul_(a), n.long()
     turned = quadrant % 2 == 1
     cos, sin = c.where(~turned, s), s.where(~turned, c)
-    return cos.where((quadrant + 1) & 2 == 0, -cos).float(), sin.where(
-        quadrant & 2 == 0, -sin
-    ).float()
+    cos = cos.where((quadrant + 1) & 2 == 0, -cos)
+    sin = sin.where(quadrant & 2 == 0, -sin)
+    return cos.float(), sin.float()
 
 
 def float32(x: Decimal) -> float:
     """The float32 nearest to x, rounded once."""
     exponent = math.frexp(float(x))[1] - 24
-    return math.ldexp(
-        int((x / Decimal(2) ** exponent).to_integral_value(ROUND_HALF_EVEN)), exponent
-    )
+    units = (x / Decimal(2) ** exponent).to_integral_value(ROUND_HALF_EVEN)
+    return math.ldexp(int(units), exponent)
 
 
 def log(x: float) -> float:
-    """The float64 nearest to ln x: math.log is the C library's, which may differ in its last bit."""
+    """The float64 nearest to ln x. math.log is the C library's, which may err in its last bit."""
     return float(Decimal(x).ln())
 
 
-# ---------------------------------------------------------------------------------------------- operations
+# ---- operations ---------------------------------------------------------------------------------
+
+
 class Exact(Native):
     """The operations with order-free sums. Storage float32, bfloat16 or float16; inside, float64.
 
-    widen: keep weights in float64 (8 bytes each). False widens a block of a matrix at a time, in every call:
-    slower, the same bits. None: widen while that takes at most half of the device's memory.
+    widen: keep weights in float64 (8 bytes each). False widens some rows of a matrix at a time, in
+    every call: slower, the same bits. None: widen while that takes at most half of the device's
+    memory.
     """
 
     name = "exact"
+    order_free = True
+    can_save = False  # weights are snapped
 
     def __init__(self, widen: bool | None = None):
         self.widen, self.ranks, self.widened_bytes = widen, 1, 0
+
+    def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64
 
     def check(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
         if dtype == torch.float64:
             raise ConfigError(
                 "dtype is float64: exact arithmetic stores float32, bfloat16 or float16; choose one"
             )
-        within(
-            max(config.hidden_size, config.intermediate_size, config.q_size),
-            WIDTH,
-            "the widest sum of this model",
-        )
+        width = max(config.hidden_size, config.intermediate_size, config.q_size)
+        within(width, WIDTH, "the widest sum of this model")
         self.ranks = mesh.size
 
     @torch.no_grad()
-    def prepare(self, linear: nn.Module, mesh: Mesh) -> None:
-        """Snap the weight, row by row, to |w| 2^-26. It stays representable in its dtype: no bits are added.
+    def prepare(self, linear: Linear, mesh: Mesh) -> None:
+        """Snap the weight, row by row, to |w| 2^-26.
 
-        Twice, because the norm of what is snapped can pass a power of two that the norm before it did not; now
-        nothing changes if this is called again.
+        It stays representable in its dtype: no bits are added. It is snapped twice, because the
+        norm of what is snapped can pass a power of two that the norm before did not pass. After
+        that nothing changes if this is called again.
         """
         wide = snap_below_norm(snap_below_norm(linear.weight, W_BITS, mesh), W_BITS, mesh)
         self.widened_bytes += wide.nbytes
         fits = self.widened_bytes <= memory(wide.device, self.ranks) // 2
         if not (fits if self.widen is None else self.widen):
             wide = wide.to(linear.weight.dtype)
-        linear.weight = nn.Parameter(
-            wide.data, requires_grad=False
-        )  # a tied embedding keeps its own
+        # A new parameter, so that a tied embedding keeps its own.
+        linear.weight = nn.Parameter(wide.data, requires_grad=False)
         if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.double() + 0.0, requires_grad=False)  # no -0
+            bias = linear.bias.double() + 0.0  # no -0
+            linear.bias = nn.Parameter(bias, requires_grad=False)
         live = (wide != 0).any(0)
         linear.register_buffer("live", None if bool(live.all()) else live, persistent=False)
         linear.prepared = linear.weight, version(linear.weight)
@@ -255,33 +286,32 @@ class Exact(Native):
         with localcontext() as context:
             context.prec = 50
             theta, d = Decimal(config.rope_theta), config.head_dim
-            wavelengths = torch.tensor(
-                [float32(theta ** (Decimal(2 * i) / d)) for i in range(d // 2)], dtype=torch.float32
+            wavelengths = [float32(theta ** (Decimal(2 * i) / d)) for i in range(d // 2)]
+            inv_freq, factor = inverse_frequencies(
+                config, torch.float32, torch.tensor(wavelengths, dtype=torch.float32), log
             )
-            inv_freq, factor = inverse_frequencies(config, torch.float32, wavelengths, log)
         cos, sin = cos_sin(torch.arange(length).float()[:, None] * inv_freq)
-        return tuple((torch.cat((x, x), dim=-1) * factor).to(dtype) for x in (cos, sin))
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        return (cos * factor).to(dtype), (sin * factor).to(dtype)
 
-    def linear(self, x: Tensor, linear: nn.Module) -> Tensor:
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
         return self.row_parallel_linear(x, linear, SINGLE)
 
-    def row_parallel_linear(self, x: Tensor, linear: nn.Module, mesh: Mesh) -> Tensor:
-        """Exact partial sums, their exact sum over ranks, + bias in float64, one rounding to x's dtype."""
-        if linear.__dict__.get("prepared", (None, 0))[0] is not linear.weight or linear.prepared[
-            1
-        ] != version(linear.weight):
+    def row_parallel_linear(self, x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
+        """Exact partial sums, their exact sum over ranks, + bias in float64, one rounding."""
+        weight, written = linear.prepared or (None, 0)
+        if weight is not linear.weight or written != version(linear.weight):
             raise MinqwenError(
-                "weights changed since they were prepared for exact arithmetic: call model.prepare()"
+                "weights changed since they were prepared for exact arithmetic: "
+                "call model.prepare()"
             )
-        if (
-            linear.live is not None
-        ):  # what meets only zeros must not move the grid either: padded heads
+        if linear.live is not None:
+            # What meets only zeros must not move the grid either: the inputs of padded heads.
             x = x.where(linear.live, 0.0)
         y = mesh.all_reduce(product(snap_below_norm(x, X_BITS, mesh), linear.weight))
         if linear.bias is None:
-            return y.to(x.dtype).add_(
-                0.0
-            )  # a sum of nothing but -0 depends on the kernel: -0 + 0 = 0
+            # A sum of nothing but -0 depends on the kernel; -0 + 0 = 0.
+            return y.to(x.dtype).add_(0.0)
         return y.add_(linear.bias).to(x.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -293,23 +323,27 @@ class Exact(Native):
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         act, rows = torch.empty_like(gate), rows_at_once(gate)
-        for x, y in zip(gate.split(rows), act.split(rows)):
-            x = x.double()
-            y.copy_(x / exp(-x).add_(1.0))
+        for some, out in zip(gate.split(rows), act.split(rows)):
+            wide = some.double()
+            out.copy_(wide / exp(-wide).add_(1.0))
         return act.mul_(up)
 
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k snapped to |k| 2^-26, v to 2^-23 of its largest entry; both stay representable in their dtype."""
+        """k snapped to |k| 2^-26, v to 2^-23 of its largest entry.
+
+        Both stay representable in their dtype.
+        """
         wide = v.double()
         wide = snap(wide, pow2(wide.abs().amax(-1, keepdim=True)) * 2.0**-V_BITS)
         return snap_below_norm(k, K_BITS).to(k.dtype), wide.to(v.dtype)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Callable
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Tap
     ) -> Tensor:
         """As Native's; k and v come from `cached`, scores and pattern are float64.
 
-        Every token's v is scaled to [-1, 1], and its scale moved into the pattern: then all tokens have one unit.
+        Every token's v is scaled to [-1, 1], and its scale is moved into the pattern: then all
+        tokens have one unit.
         """
         within(k.shape[-2], CONTEXT, "the context")
         scores = torch.matmul(snap_below_norm(q, Q_BITS), k.double().transpose(-1, -2)).mul_(scale)
@@ -319,36 +353,39 @@ class Exact(Native):
         p = snap(exp(scores - scores.amax(-1, keepdim=True)), 2.0**-EXP_BITS)
         pattern = tap("attn.pattern", p.mul_(1 / p.sum(-1, keepdim=True))).double()
         wide = widened(v)
-        tops = pow2(wide.abs().amax(-1, keepdim=True)).clamp_min_(
-            2.0**-200
-        )  # [N, heads, L, 1]; not 0
+        tops = pow2(wide.abs().amax(-1, keepdim=True)).clamp_min_(2.0**-200)  # [N, heads, L, 1]
         wide.div_(tops)
         tops = tops.transpose(-1, -2)  # [N, heads, 1, L]
-        top = tops.amax(-1, keepdim=True)  # [N, heads, R or 1, 1], of the tokens this row sees
-        if hidden is not None:
-            for_all, last = tops.tensor_split([tops.shape[-1] - hidden.shape[-1]], -1)
-            top = (
-                F.pad(for_all, (1, 0))
-                .amax(-1, keepdim=True)
-                .maximum(last.masked_fill(hidden, 0.0).amax(-1, keepdim=True))
-            )
+        top = _largest_seen(tops, hidden)
         z = torch.matmul(snap(pattern * (tops / top), 2.0**-P_BITS), wide)
         return z.mul_(top).to(q.dtype).add_(0.0)
 
 
+def _largest_seen(tops: Tensor, hidden: Tensor | None) -> Tensor:
+    """The largest of `tops` [N, heads, 1, L] that each row sees. [N, heads, R or 1, 1]"""
+    if hidden is None:
+        return tops.amax(-1, keepdim=True)
+    for_all, last = tops.tensor_split([tops.shape[-1] - hidden.shape[-1]], -1)
+    of_all = F.pad(for_all, (1, 0)).amax(-1, keepdim=True)
+    return of_all.maximum(last.masked_fill(hidden, 0.0).amax(-1, keepdim=True))
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in float64: [T, in], [out, in] -> [T, out]. W in a narrower dtype is widened some rows at a time."""
+    """x W^T in float64: [T, in], [out, in] -> [T, out].
+
+    W in a narrower dtype is widened some rows at a time.
+    """
     if weight.dtype == torch.float64:
         return F.linear(x, weight)
     y = x.new_empty(len(x), len(weight))
     rows = max(1, (1 << 20) // weight.shape[-1])
-    for out, block in zip(y.split(rows, 1), weight.split(rows)):
-        out.copy_(F.linear(x, block.double()))
+    for out, some in zip(y.split(rows, 1), weight.split(rows)):
+        out.copy_(F.linear(x, some.double()))
     return y
 
 
 def version(weight: Tensor) -> int:
-    """Changes when the weight is written to."""
+    """A number that changes when the weight is written to."""
     return 0 if weight.is_inference() else weight._version
 
 

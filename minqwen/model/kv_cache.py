@@ -1,4 +1,4 @@
-"""Where keys and values are kept: blocks of tokens, written and read through block tables."""
+"""Where one rank's keys and values are kept: in blocks of tokens."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ from torch import Tensor
 
 
 class KVCache:
-    """One rank's keys and values in pages: `pool[layer, 0]` keys, `pool[layer, 1]` values, [P, S, K, d] each."""
+    """Keys and values of `num_blocks` blocks of `block_size` tokens, in every layer.
+
+    pool [layers, 2, P, S, K, d]: `pool[layer, 0]` are the keys, `pool[layer, 1]` the values. A slot
+    is the place of one token: block * block_size + offset.
+    """
 
     def __init__(
-        self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype, device
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ):
-        self.pool = torch.zeros(
-            layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device
-        )
-        self.page_size = page_size
-        self.rows = self.pool.view(
-            layers, 2 * pages, -1
-        )  # the same, [2 P, S K d]: whole rows are copied fastest
-        self.halves = torch.tensor([[0], [pages]], device=device)  # where keys begin, and values
-        self.gathered = self.pool.new_empty(
-            0
-        )  # what `read` fills, kept: a fresh page of memory costs more than a copy
+        shape = (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+        self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_blocks, self.block_size = num_blocks, block_size
+        # The same memory as rows of a whole block, [2 P, S K d]: whole rows are copied fastest.
+        self.rows = self.pool.view(layers, 2 * num_blocks, -1)
+        self.halves = torch.tensor([[0], [num_blocks]], device=device)  # first row of keys, values
+        # What `read` fills. It is kept, because memory taken anew costs more than the copy.
+        self.gathered = self.pool.new_empty(0)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [T, K, d] at `slots` [T]."""
@@ -31,17 +39,20 @@ class KVCache:
         values.index_copy_(0, slots, v)
 
     def read(self, layer: int, block_tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` keys and values of B lists of pages [B, n or more]: two [B, K, length, d], copies that
-        may be written to and that the next call overwrites."""
-        pages = block_tables[:, : -(-length // self.page_size)].flatten()
-        page = self.pool.shape[3:]  # [S, K, d]
-        size = 2 * len(pages) * page.numel()
+        """The first `length` keys and values of B lists of blocks [B, enough for `length`].
+
+        Returns two tensors [B, K, length, d]: copies that may be written to and that the next call
+        overwrites.
+        """
+        blocks = block_tables[:, : -(-length // self.block_size)].flatten()
+        block = self.pool.shape[3:]  # [S, K, d]
+        size = 2 * len(blocks) * block.numel()
         if self.gathered.numel() < size:
-            del self.gathered  # before there is another
+            del self.gathered  # before there is another one
             self.gathered = self.pool.new_empty(size)
-        rows = (pages + self.halves).flatten()
-        torch.index_select(self.rows[layer], 0, rows, out=self.gathered[:size].view(len(rows), -1))
-        both = self.gathered[:size].view(
-            2, len(block_tables), -1, *page[1:]
-        )  # [2, B, tokens, K, d]
-        return both[:, :, :length].transpose(2, 3).unbind(0)
+        rows = (blocks + self.halves).flatten()
+        out = self.gathered[:size].view(len(rows), -1)
+        torch.index_select(self.rows[layer], 0, rows, out=out)
+        both = out.view(2, len(block_tables), -1, *block[1:])  # [2, B, tokens, K, d]
+        keys, values = both[:, :, :length].transpose(2, 3)
+        return keys, values

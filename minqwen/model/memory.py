@@ -272,16 +272,17 @@ def step_phases(
     """
     if copies_products is None:
         copies_products = cpu_copies_products(dtype)
+    item = BYTES_PER_ELEMENT[dtype]
     return _Step(
         config=config,
         query_lens=query_lens,
         context_lens=context_lens,
-        item=BYTES_PER_ELEMENT[dtype],
+        item=item,
         size=size,
         block_size=block_size,
         N=len(query_lens) if logit_rows is None else logit_rows,
         device=torch.device(device),
-        product_copy=4 if copies_products and device == "cpu" else 0,
+        product_copy=4 if copies_products and device == "cpu" and item < 4 else 0,
     ).phases()
 
 

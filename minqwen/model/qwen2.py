@@ -1,78 +1,61 @@
 """Qwen2.5's forward pass, top to bottom (Qwen2.5 Technical Report, arXiv:2412.15115).
 
-Read it from the end: `Qwen2.forward` embeds, runs the layers, norms and projects to logits. The operations
-(`ops`) are those of `arithmetic.py`; attention is in `attention.py`. Parameter names are Hugging Face's. Under
-tensor parallelism each rank holds `H / size` query heads, its key/value heads, and its slice of the MLP and of
-the vocabulary (`parallel.py` has the plan); the code below is the same at every degree.
+Read it from the end: `Qwen2.forward` embeds, runs the layers, norms and projects to logits. The
+operations (`ops`) and the linear layers are in arithmetic.py, attention is in attention.py.
+Parameter names are Hugging Face's. Under tensor parallelism each rank holds H / size query heads,
+their key/value heads, and its slice of the MLP and of the vocabulary (parallel.py has the plan);
+the code below is the same at every degree.
 
-Shapes: T tokens of this step, B sequences, D hidden, H query heads, K key/value heads, d head_dim, V vocabulary.
+Shapes: T tokens of this step, B sequences, D hidden, H query heads, K key/value heads, d head_dim,
+V vocabulary rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minqwen.checks import did_you_mean
 from minqwen.config import ModelConfig
-from minqwen.model.arithmetic import Native
-from minqwen.model.attention import dense_attention, paged_attention
+from minqwen.errors import ConfigError
+from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
 from minqwen.model.batch import Batch
 from minqwen.model.exact import Exact
 from minqwen.model.kv_cache import KVCache
-from minqwen.model.trace import UNTRACED, run_with_cache, run_with_hooks
-from minqwen.parallel import SINGLE, Mesh, shard
+from minqwen.model.rope import table_length
+from minqwen.model.trace import (
+    UNTRACED,
+    Hook,
+    Names,
+    Seen,
+    Tap,
+    run_with_cache,
+    run_with_hooks,
+)
+from minqwen.parallel import SINGLE, Mesh, Shard, kv_heads_per_rank, shard, vocab_rows_per_rank
 
 ARITHMETICS: dict[str, type[Native]] = {"native": Native, "exact": Exact}
 
 
-class Linear(nn.Module):
-    """y = x W^T + b. weight [out, in], bias [out]; the arithmetic decides how."""
-
-    mesh = SINGLE  # the ranks that hold the other columns of this weight's rows
-
-    def __init__(
-        self, ops: Native, in_features: int, out_features: int, bias: bool = False, **factory
-    ):
-        super().__init__()
-        self.ops = ops
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, **factory), requires_grad=False
+def make_arithmetic(arithmetic: str | Native) -> Native:
+    """The arithmetic of that name, or the object itself. Raises ConfigError for an unknown name."""
+    if isinstance(arithmetic, Native):
+        return arithmetic
+    if arithmetic not in ARITHMETICS:
+        raise ConfigError(
+            f"arithmetic is {arithmetic!r}, expected {' or '.join(map(repr, ARITHMETICS))}"
+            f"{did_you_mean(arithmetic, ARITHMETICS)}"
         )
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, **factory), requires_grad=False)
-            if bias
-            else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self)
-
-
-class RowParallelLinear(Linear):
-    """The same with W's columns spread over the ranks; the partial results are summed."""
-
-    def __init__(
-        self,
-        ops: Native,
-        mesh: Mesh,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        **factory,
-    ):
-        super().__init__(ops, in_features, out_features, bias, **factory)
-        self.mesh = mesh
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.row_parallel_linear(x, self, self.mesh)
+    return ARITHMETICS[arithmetic]()
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, ops: Native, size: int, eps: float, **factory):
+    def __init__(self, ops: Native, size: int, eps: float, **factory: Any):
         super().__init__()
         self.ops, self.eps = ops, eps
         self.weight = nn.Parameter(torch.empty(size, **factory), requires_grad=False)
@@ -82,9 +65,9 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a vocabulary-parallel table: each rank looks up the ids it holds, zeros elsewhere, and sums."""
+    """The table's `rows`; each rank looks up the ids it holds, takes zeros elsewhere, and sums."""
 
-    def __init__(self, mesh: Mesh, rows: range, size: int, **factory):
+    def __init__(self, mesh: Mesh, rows: range, size: int, **factory: Any):
         super().__init__()
         self.mesh, self.rows = mesh, rows
         self.weight = nn.Parameter(torch.empty(len(rows), size, **factory), requires_grad=False)
@@ -97,47 +80,45 @@ class Embedding(nn.Module):
             x = F.embedding((ids - self.rows.start).where(mine, 0), self.weight)
         else:  # a small vocabulary on many ranks may leave the last ones without a row
             x = self.weight.new_zeros(*ids.shape, self.weight.shape[1])
-        return self.mesh.all_reduce(
-            x.masked_fill(~mine[..., None], 0)
-        )  # one term is not zero: no rounding
+        # One term of the sum is not zero, so nothing rounds.
+        return self.mesh.all_reduce(x.masked_fill(~mine[..., None], 0))
 
 
 class Attention(nn.Module):
-    def __init__(self, ops: Native, config: ModelConfig, mesh: Mesh, layer: int, **factory):
+    def __init__(self, ops: Native, config: ModelConfig, mesh: Mesh, layer: int, **factory: Any):
         super().__init__()
         self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
+        D = config.hidden_size
         q_size = config.q_size // mesh.size
-        kv_size = max(
-            config.kv_size // mesh.size, config.head_dim
-        )  # at least one head: replicated beyond K ranks
-        self.q_proj = Linear(ops, config.hidden_size, q_size, bias=True, **factory)
-        self.k_proj = Linear(ops, config.hidden_size, kv_size, bias=True, **factory)
-        self.v_proj = Linear(ops, config.hidden_size, kv_size, bias=True, **factory)
+        kv_size = kv_heads_per_rank(config, mesh.size) * config.head_dim
+        self.q_proj = Linear(ops, D, q_size, bias=True, **factory)
+        self.k_proj = Linear(ops, D, kv_size, bias=True, **factory)
+        self.v_proj = Linear(ops, D, kv_size, bias=True, **factory)
         o_bias = config.model_type == "llama"  # a zero bias that only that layout has
-        self.o_proj = RowParallelLinear(
-            ops, mesh, q_size, config.hidden_size, bias=o_bias, **factory
-        )
+        self.o_proj = RowParallelLinear(ops, mesh, q_size, D, bias=o_bias, **factory)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap: Tap
     ) -> Tensor:
-        heads = (-1, self.head_dim)
-        q = tap("attn.q", self.q_proj(x).unflatten(-1, heads))  # [T, H, d]
-        k = tap("attn.k", self.k_proj(x).unflatten(-1, heads))  # [T, K, d]
-        v = tap("attn.v", self.v_proj(x).unflatten(-1, heads))  # [T, K, d]
+        projected = self.ops.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        q = tap("attn.q", q)  # [T, H, d]
+        k = tap("attn.k", k)  # [T, K, d]
+        v = tap("attn.v", v)  # [T, K, d]
         q = tap("attn.rot_q", self.ops.rotate(q, cos, sin))
         k = tap("attn.rot_k", self.ops.rotate(k, cos, sin))
         scale = self.head_dim**-0.5
         if cache is None:
-            z = dense_attention(self.ops, q, k, v, batch, scale, tap)
+            z = self.ops.attend_dense(q, k, v, batch, scale, tap)
         else:
-            z = paged_attention(self.ops, q, k, v, batch, scale, tap, cache, self.layer)
+            z = self.ops.attend_paged(q, k, v, batch, scale, tap, cache, self.layer)
         z = tap("attn.z", z)  # [T, H, d]
-        return self.o_proj(z.flatten(-2))  # [T, D]
+        out: Tensor = self.o_proj(z.flatten(-2))  # [T, D]
+        return out
 
 
 class MLP(nn.Module):
-    def __init__(self, ops: Native, config: ModelConfig, mesh: Mesh, **factory):
+    def __init__(self, ops: Native, config: ModelConfig, mesh: Mesh, **factory: Any):
         super().__init__()
         self.ops = ops
         size = config.intermediate_size // mesh.size
@@ -145,24 +126,24 @@ class MLP(nn.Module):
         self.up_proj = Linear(ops, config.hidden_size, size, **factory)
         self.down_proj = RowParallelLinear(ops, mesh, size, config.hidden_size, **factory)
 
-    def forward(self, x: Tensor, tap) -> Tensor:
-        gate = tap("mlp.gate", self.gate_proj(x))
-        up = tap("mlp.up", self.up_proj(x))
-        return self.down_proj(tap("mlp.act", self.ops.silu_mul(gate, up)))
+    def forward(self, x: Tensor, tap: Tap) -> Tensor:
+        gate, up = self.ops.project(x, self.gate_proj, self.up_proj)
+        gate, up = tap("mlp.gate", gate), tap("mlp.up", up)
+        out: Tensor = self.down_proj(tap("mlp.act", self.ops.silu_mul(gate, up)))
+        return out
 
 
 class Layer(nn.Module):
-    def __init__(self, ops: Native, config: ModelConfig, mesh: Mesh, layer: int, **factory):
+    def __init__(self, ops: Native, config: ModelConfig, mesh: Mesh, layer: int, **factory: Any):
         super().__init__()
-        self.input_layernorm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, **factory)
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(ops, D, eps, **factory)
         self.self_attn = Attention(ops, config, mesh, layer, **factory)
-        self.post_attention_layernorm = RMSNorm(
-            ops, config.hidden_size, config.rms_norm_eps, **factory
-        )
+        self.post_attention_layernorm = RMSNorm(ops, D, eps, **factory)
         self.mlp = MLP(ops, config, mesh, **factory)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap: Tap
     ) -> Tensor:
         x = tap("resid_pre", x)
         normed = tap("norm1", self.input_layernorm(x))
@@ -176,7 +157,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Everything below the head; the `model.` of Hugging Face's names."""
 
-    def __init__(self, ops: Native, config: ModelConfig, mesh: Mesh, **factory):
+    def __init__(self, ops: Native, config: ModelConfig, mesh: Mesh, **factory: Any):
         super().__init__()
         mine = shard("model.embed_tokens.weight", config, mesh.rank, mesh.size)
         rows = range(mine.start, mine.stop) if mine else range(config.vocab_size)
@@ -189,9 +170,9 @@ class Decoder(nn.Module):
 class Qwen2(nn.Module):
     """The causal language model.
 
-    `Qwen2(config)` has uninitialised weights (load_state_dict fills them, strictly); `from_pretrained` reads a
-    checkpoint, `from_tensors` anything that can be asked for tensors by name. Weights do not require gradients
-    until `requires_grad_()` says so.
+    `Qwen2(config)` has weights without values (load_state_dict fills them, strictly);
+    `from_pretrained` reads a checkpoint, `from_tensors` anything that can be asked for tensors by
+    name. Weights do not require gradients until `requires_grad_()` says so.
     """
 
     def __init__(
@@ -205,9 +186,9 @@ class Qwen2(nn.Module):
     ):
         super().__init__()
         self.config, self.mesh = config, mesh
-        self.ops = ARITHMETICS[arithmetic]() if isinstance(arithmetic, str) else arithmetic
+        self.ops = make_arithmetic(arithmetic)
         self.ops.check(config, dtype, mesh)
-        factory = {"dtype": dtype, "device": device}
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.model = Decoder(self.ops, config, mesh, **factory)
         rows = len(self.model.embed_tokens.rows)
         self.lm_head = Linear(self.ops, config.hidden_size, rows, **factory)
@@ -215,28 +196,39 @@ class Qwen2(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self._rotary: tuple[Tensor, Tensor] | None = None
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **options) -> Qwen2:
-        """A safetensors directory as a model on this rank: `checkpoint.load_pretrained`, which says the options."""
-        from minqwen.checkpoint import load_pretrained  # the model itself never opens a file
+    # The model itself never opens a file: these two are the only lines that look up to checkpoint.
 
-        return load_pretrained(path, **options)
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Qwen2:
+        """The model in a safetensors directory. options: those of `checkpoint.load_pretrained`."""
+        from minqwen.checkpoint import load_pretrained
+
+        model: Qwen2 = load_pretrained(path, **options)
+        return model
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """Write a Hugging Face directory. options: those of `checkpoint.save_pretrained`."""
+        from minqwen.checkpoint import save_pretrained
+
+        save_pretrained(self, path, **options)
 
     @classmethod
     def from_tensors(
         cls,
         config: ModelConfig,
-        read: Callable[[str, object], Tensor],
+        read: Callable[[str, Shard | None], Tensor],
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         mesh: Mesh = SINGLE,
+        arithmetic: str | Native = "native",
         only: Callable[[str], bool] = lambda name: True,
-        **options,
     ) -> Qwen2:
-        """Build from `read(name, shard) -> Tensor`, one parameter at a time: nothing is held twice. Parameters that
-        `only` refuses have no value yet."""
-        model = cls(config, dtype=dtype, device="meta", mesh=mesh, **options)
+        """Build from `read(name, shard) -> Tensor`, one parameter at a time: nothing is held twice.
+
+        Parameters that `only` refuses have no value yet.
+        """
+        model = cls(config, arithmetic=arithmetic, dtype=dtype, device="meta", mesh=mesh)
         for name in filter(only, config.parameter_shapes()):
             value = read(name, shard(name, config, mesh.rank, mesh.size))
             model.set_parameter(name, value.to(device=device, dtype=dtype))
@@ -244,35 +236,20 @@ class Qwen2(nn.Module):
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.prepare()
 
-    def save_pretrained(self, path: str | Path, **options) -> None:
-        """Write a Hugging Face directory, atomically: `checkpoint.write_checkpoint`, which says the options."""
-        from minqwen.checkpoint import write_checkpoint
-        from minqwen.errors import CheckpointError
-
-        if (
-            self.mesh.size > 1
-            or self.ops.name != "native"
-            or any(x.is_meta for x in self.parameters())
-        ):
-            raise CheckpointError(
-                f"{path}: not written, because this model holds a rank's slice, prepared weights or not all of them "
-                f"(degree {self.mesh.size}, {self.ops.name} arithmetic, offload): load it whole on one rank to save it"
-            )
-        state = self.state_dict()
-        names = self.config.parameter_shapes()
-        config = self.config.replace(dtype=str(self.dtype).removeprefix("torch."))
-        write_checkpoint(path, config, ((name, state[name]) for name in names), **options)
-
     def set_parameter(self, name: str, value: Tensor | None) -> None:
-        """Put `value` in a parameter's place, of the same shape; None: the parameter has no value any more."""
+        """Put `value` in a parameter's place, of the same shape; None takes its value away."""
         module, leaf = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        shape = getattr(module, leaf).shape
-        value = torch.empty(shape, dtype=self.dtype, device="meta") if value is None else value
+        shape = module.get_parameter(leaf).shape
+        if value is None:
+            value = torch.empty(shape, dtype=self.dtype, device="meta")
         assert value.shape == shape, (name, value.shape)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
     def prepare(self, part: nn.Module | None = None) -> Qwen2:
-        """Let the arithmetic make the weights, or those of `part`, ready: when they are in place or were changed."""
+        """Let the arithmetic make the weights ready, or those of `part`.
+
+        Called when they are in place, and to be called again whenever they were changed.
+        """
         for module in (part or self).modules():
             if isinstance(module, Linear) and not module.weight.is_meta:
                 self.ops.prepare(module, module.mesh)
@@ -286,47 +263,66 @@ class Qwen2(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
-    def new_cache(self, pages: int, page_size: int) -> KVCache:
-        """Room for `pages * page_size` tokens of this rank's keys and values."""
-        c = self.config
-        kv_heads = max(c.num_key_value_heads // self.mesh.size, 1)
-        return KVCache(
-            c.num_hidden_layers, pages, page_size, kv_heads, c.head_dim, self.dtype, self.device
-        )
+    def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        """Room for `num_blocks * block_size` tokens of this rank's keys and values."""
+        c, kv_heads = self.config, kv_heads_per_rank(self.config, self.mesh.size)
+        layers, d = c.num_hidden_layers, c.head_dim
+        return KVCache(layers, num_blocks, block_size, kv_heads, d, self.dtype, self.device)
 
     def rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, d] of the batch's positions, from a table that grows when it must."""
         length = max(batch.context_lens)
-        table = None if self._rotary is None else self._rotary[0]
-        if (
-            table is None
-            or len(table) < length
-            or (table.dtype, table.device) != (self.dtype, self.device)
-        ):
-            length = 1 << (length - 1).bit_length()
-            tables = self.ops.rotary_table(self.config, length, self.dtype)
-            self._rotary = tuple(table.to(self.device) for table in tables)
-        return tuple(table[batch.positions][:, None] for table in self._rotary)
+        if self._rotary is None or not self._fits(self._rotary[0], length):
+            tables = self.ops.rotary_table(self.config, table_length(length), self.dtype)
+            self._rotary = tables[0].to(self.device), tables[1].to(self.device)
+        cos, sin = self._rotary
+        return cos[batch.positions][:, None], sin[batch.positions][:, None]
 
-    run_with_cache = run_with_cache  # (logits, {name: tensor}); model/trace.py
-    run_with_hooks = run_with_hooks
+    def _fits(self, table: Tensor, length: int) -> bool:
+        here = table.dtype == self.dtype and table.device == self.device
+        return here and len(table) >= length
+
+    def run_with_cache(
+        self,
+        ids: Tensor,
+        names: Names = None,
+        to: torch.device | str | None = None,
+        per_query_head: bool = False,
+        gather: bool = True,
+    ) -> tuple[Tensor, Seen[Tensor]]:
+        """(logits, {name: tensor}) of what passed the points: trace.py says which there are."""
+        return run_with_cache(self, ids, names, to, per_query_head, gather)
+
+    def run_with_hooks(
+        self, ids: Tensor, fwd_hooks: Sequence[tuple[Names, Hook]], gather: bool = True
+    ) -> Tensor:
+        """Logits, with functions called at points, which may replace what passes: trace.py."""
+        return run_with_hooks(self, ids, fwd_hooks, gather)
 
     def forward(
-        self, ids: Tensor, batch: Batch | None = None, cache: KVCache | None = None, tap=UNTRACED
+        self,
+        ids: Tensor,
+        batch: Batch | None = None,
+        cache: KVCache | None = None,
+        tap: Tap = UNTRACED,
     ) -> Tensor:
-        """Logits of the next token.
+        """Logits of the next token, in the model's dtype.
 
-        Without a batch: ids [B, T] -> logits [B, T, V] in the model's dtype, no cache: the oracle. With one:
-        ids [T], packed -> logits [N, V] of the tokens that `batch.logits_at` names (all T if None).
+        Without a batch: ids [B, T] -> logits [B, T, V], no cache: the oracle. With one: ids [T],
+        packed -> logits [N, V] of the tokens that `batch.logits_at` names (of all T if None).
         """
         if batch is None:
             if ids.dim() != 2:
                 raise ValueError(
-                    f"ids have shape {tuple(ids.shape)}, expected [B, T] (or a Batch for packed tokens)"
+                    f"ids have shape {tuple(ids.shape)}, expected [B, T] "
+                    "(or a Batch, and then packed tokens)"
                 )
-            batch = Batch.dense(*ids.shape, device=ids.device)
-            logits = self(ids.flatten(), batch, cache, tap)
-            return logits.unflatten(0, ids.shape)
+            batch = Batch.dense(ids.shape[0], ids.shape[1], ids.device)
+            logits: Tensor = self._logits(ids.flatten(), batch, cache, tap).unflatten(0, ids.shape)
+            return logits
+        return self._logits(ids, batch, cache, tap)
+
+    def _logits(self, ids: Tensor, batch: Batch, cache: KVCache | None, tap: Tap) -> Tensor:
         cos, sin = self.rotary(batch)
         x = tap("embed", self.model.embed_tokens(ids))  # [T, D]
         for i, layer in enumerate(self.model.layers):
@@ -334,9 +330,9 @@ class Qwen2(nn.Module):
         if batch.logits_at is not None:
             x = x[batch.logits_at]  # [N, D]
         x = tap("final_norm", self.model.norm(x))
-        logits = self.lm_head(x)  # [N, V / size]
+        logits: Tensor = self.lm_head(x)  # [N, V / size]
         if self.mesh.size > 1:
-            rows = -(-self.config.vocab_size // self.mesh.size)  # the last rank may hold fewer
+            rows = vocab_rows_per_rank(self.config, self.mesh.size)  # the last rank may hold fewer
             logits = self.mesh.all_gather(F.pad(logits, (0, rows - logits.shape[-1])), dim=-1)
             logits = logits[..., : self.config.vocab_size]
         return tap("logits", logits)

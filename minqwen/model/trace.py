@@ -1,31 +1,35 @@
-"""Every intermediate by name: the table of points, and the taps that read or replace what passes them.
+"""Every intermediate by name: the table of points, and the taps that show or replace what passes.
 
-The forward pass calls `tap(name, x)` at each point and goes on with what comes back. `UNTRACED` hands x back;
-`Tap` shows it to functions first. Names: "embed", "layers.3.attn.q", ...; patterns with * and ? match them, and
-TransformerLens's names ("blocks.3.attn.hook_q") are the same points.
+The forward pass calls `tap(name, x)` at each point and goes on with what comes back. `UNTRACED`
+gives x back; a `TracingTap` shows it to a function first. Names are "embed", "layers.3.attn.q" and
+so on; patterns with * and ? match them, and TransformerLens's names ("blocks.3.attn.hook_q") mean
+the same points.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from minqwen.config import ModelConfig
 from minqwen.errors import TraceError
-
-if TYPE_CHECKING:
-    from minqwen.model.qwen2 import Qwen2
+from minqwen.parallel import Mesh, kv_heads_per_rank
 
 
 @dataclass(frozen=True)
 class Point:
-    """name: within its layer if `layered`. shape: in the legend's letters, per sequence, with T new tokens and L
-    tokens of context. axis: what tensor parallelism splits ("heads", "kv heads", "channels"), or None."""
+    """A place in the forward pass where a tensor can be seen and replaced.
+
+    name: within its layer if `layered`. shape: in the legend's letters, for one sequence of T new
+    tokens with L tokens of context. axis: what tensor parallelism splits there ("heads",
+    "kv heads" or "channels"), or None.
+    """
 
     name: str
     shape: str
@@ -44,64 +48,80 @@ POINTS = [
     Point("attn.v", "T K d", "attn.hook_v", "values, bias added", "kv heads"),
     Point("attn.rot_q", "T H d", "attn.hook_rot_q", "queries after RoPE", "heads"),
     Point("attn.rot_k", "T K d", "attn.hook_rot_k", "keys after RoPE", "kv heads"),
-    Point(
-        "attn.scores", "H T L", "attn.hook_attn_scores", "scaled scores, -inf where hidden", "heads"
-    ),
+    Point("attn.scores", "H T L", "attn.hook_attn_scores", "scaled; -inf where hidden", "heads"),
     Point("attn.pattern", "H T L", "attn.hook_pattern", "softmax of the scores", "heads"),
     Point("attn.z", "T H d", "attn.hook_z", "each head's weighted values", "heads"),
     Point("attn.out", "T D", "hook_attn_out", "o_proj's output"),
     Point("resid_mid", "T D", "hook_resid_mid", "residual stream after attention"),
-    Point(
-        "norm2",
-        "T D",
-        "ln2.hook_normalized",
-        "post_attention_layernorm's output, its weight applied",
-    ),
+    Point("norm2", "T D", "ln2.hook_normalized", "post_attention_layernorm's output"),
     Point("mlp.gate", "T I", "mlp.hook_pre", "gate_proj's output", "channels"),
     Point("mlp.up", "T I", "mlp.hook_pre_linear", "up_proj's output", "channels"),
     Point("mlp.act", "T I", "mlp.hook_post", "silu(gate) times up", "channels"),
     Point("mlp.out", "T D", "hook_mlp_out", "down_proj's output"),
     Point("resid_post", "T D", "hook_resid_post", "residual stream out of the layer"),
     Point(
-        "final_norm",
-        "T D",
-        "ln_final.hook_normalized",
-        "the last residual after model.norm",
-        layered=False,
+        "final_norm", "T D", "ln_final.hook_normalized", "the output of model.norm", layered=False
     ),
     Point("logits", "T V", None, "logits", layered=False),
 ]
 BY_NAME = {point.name: point for point in POINTS}
 
+Names = str | Sequence[str] | Callable[[str], bool] | None  # what `select` understands
+
+
+class Rows(NamedTuple):
+    """Which rows of a step a tensor of paged attention has.
+
+    `sequences` of them from the sequence `first`, each from its new token `row` on.
+    """
+
+    first: int
+    sequences: int
+    row: int
+
+
+# Called with (full name, tensor, rows of paged scores and patterns or None); returns None or what
+# takes the tensor's place.
+Show = Callable[[str, Tensor, Rows | None], Tensor | None]
+Hook = Callable[[Tensor, str], Tensor | None]
+
+
+class Traceable(Protocol):
+    """What tracing needs of a model: `Qwen2` has it."""
+
+    config: ModelConfig
+    mesh: Mesh
+
+    def __call__(self, ids: Tensor, *, tap: Tap) -> Tensor: ...
+
+
+# ---- names --------------------------------------------------------------------------------------
+
 
 def point_names(num_layers: int) -> list[str]:
     """Every name of a model with so many layers, in the order of computation."""
-    before, after = (
-        [p.name for p in POINTS if not p.layered][:1],
-        [p.name for p in POINTS if not p.layered][1:],
-    )
-    layers = [f"layers.{i}.{p.name}" for i in range(num_layers) for p in POINTS if p.layered]
-    return before + layers + after
+    before, *after = [p.name for p in POINTS if not p.layered]
+    layered = [p.name for p in POINTS if p.layered]
+    return [before, *(f"layers.{i}.{name}" for i in range(num_layers) for name in layered), *after]
 
 
 def point_of(name: str) -> Point:
-    """The point a full name is of."""
+    """The point that a full name means."""
     return BY_NAME[re.sub(r"^layers\.\d+\.", "", name)]
 
 
 def alias_of(name: str) -> str | None:
-    """TransformerLens's spelling of one of our names."""
+    """TransformerLens's spelling of one of our names; None where it has no such point."""
     alias = point_of(name).alias
-    return (
-        alias and re.sub(r"^layers\.(\d+)\..*", lambda m: f"blocks.{m[1]}.{alias}", name)
-        if "." in name
-        else alias
-    )
+    layer = re.match(r"layers\.(\d+)\.", name)
+    return f"blocks.{layer[1]}.{alias}" if alias and layer else alias
 
 
-def select(names: str | list[str] | Callable[[str], bool] | None, num_layers: int) -> set[str]:
-    """The points that `names` means: a name or pattern, a list of them, a predicate, or None for all.
-    Raises TraceError if something in it matches nothing."""
+def select(names: Names, num_layers: int) -> set[str]:
+    """The points that `names` means: a name or pattern, a list of them, a predicate; None is all.
+
+    Raises TraceError for a name or pattern that matches nothing.
+    """
     every = point_names(num_layers)
     if names is None:
         return set(every)
@@ -109,9 +129,7 @@ def select(names: str | list[str] | Callable[[str], bool] | None, num_layers: in
         return {name for name in every if names(name)}
     chosen: set[str] = set()
     for pattern in [names] if isinstance(names, str) else names:
-        found = [
-            n for n in every if fnmatchcase(n, pattern) or fnmatchcase(alias_of(n) or "", pattern)
-        ]
+        found = [name for name in every if _matches(name, pattern)]
         if not found:
             raise TraceError(
                 f"no point is called {pattern!r} in a model of {num_layers} layers: "
@@ -121,165 +139,182 @@ def select(names: str | list[str] | Callable[[str], bool] | None, num_layers: in
     return chosen
 
 
-class Untraced:
-    """The tap that shows nothing to nobody: what an untraced forward pass pays for is these calls."""
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(alias_of(name) or "", pattern)
+
+
+# ---- taps ---------------------------------------------------------------------------------------
+
+
+class Tap:
+    """The tap that shows nothing: these calls are all that an untraced forward pass pays."""
+
+    tiles = True  # attention over a cache may work on some rows at a time
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         return x
 
-    def at(self, layer: int) -> Untraced:
+    def at(self, layer: int) -> Tap:
         """The tap inside a layer."""
         return self
 
-    def paged(self, first: int, count: int, row: int) -> Untraced:
-        """The tap of attention over pages, for `count` sequences from `first`, from new token `row` of each."""
+    def paged(self, first: int, count: int, row: int) -> Tap:
+        """The tap inside paged attention, for these `Rows`."""
         return self
 
-    tiles = True  # attention over pages may work on some rows at a time
+
+UNTRACED = Tap()
 
 
-UNTRACED = Untraced()
+class TracingTap(Tap):
+    """Shows what passes the points in `names` to `show`, which may return a replacement.
 
-
-class Tap:
-    """Shows what passes the points in `names` to `show(name, x, where)`, which returns None or a replacement.
-
-    x is as the forward pass has it: packed [T, ...], or [N, heads, R, L] for scores and pattern, where `where` is
-    (first sequence, count, first row), else None. Under tensor parallelism x is the rank's shard, or gathered
-    from all ranks with `gather`, whose replacement is cut again.
+    Tensors are as the forward pass has them: packed [T, ...], or [N, heads, R, L] for scores and
+    pattern. Under tensor parallelism they are the rank's shard, or, with `gather`, put together
+    from all ranks; a replacement is then cut into shards again.
     """
 
-    tiles = False  # a tracer wants all of a pattern at once
+    tiles = False  # whoever traces wants all rows of a pattern at once
 
-    def __init__(self, model: Qwen2, names: set[str], show: Callable, gather: bool = True):
-        self.model, self.names, self.show = model, names, show
+    def __init__(
+        self, model: Traceable, names: set[str], show: Show, gather: bool = True, prefix: str = ""
+    ):
+        self.model, self.names, self.show, self.prefix = model, names, show, prefix
         self.gather = gather and model.mesh.size > 1
-        self.prefix, self.where = "", None
+        self.rows: Rows | None = None
 
-    def _copy(self, **changes) -> Tap:
-        new = object.__new__(type(self))
-        new.__dict__ = {**self.__dict__, **changes}
-        return new
+    def at(self, layer: int) -> TracingTap:
+        prefix = f"layers.{layer}."
+        return TracingTap(self.model, self.names, self.show, self.gather, prefix)
 
-    def at(self, layer: int) -> Tap:
-        return self._copy(prefix=f"layers.{layer}.")
-
-    def paged(self, first: int, count: int, row: int) -> Tap:
-        return self._copy(where=(first, count, row))
+    def paged(self, first: int, count: int, row: int) -> TracingTap:
+        tap = TracingTap(self.model, self.names, self.show, self.gather, self.prefix)
+        tap.rows = Rows(first, count, row)
+        return tap
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         full = self.prefix + name
         if full not in self.names:
             return x
-        point, grouped = BY_NAME[name], None
-        if self.where is not None and name in ("attn.scores", "attn.pattern"):
-            grouped = x.shape  # [N, K, G R, L] -> [N, H, R, L]
-            heads = self.model.config.num_attention_heads // self.model.mesh.size
-            x = x.reshape(x.shape[0], heads, -1, x.shape[-1])
-        seen = gather(x, point, self.model) if self.gather and point.axis else x
-        new = self.show(full, seen, self.where if grouped is not None else None)
-        if new is not None:
-            if not isinstance(new, Tensor) or new.shape != seen.shape:
-                found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                raise TraceError(
-                    f"the hook on {full} returned {found}, expected None or a tensor {tuple(seen.shape)}"
-                )
-            new = new.to(x.dtype)
-            x = scatter(new, x, point, self.model) if self.gather and point.axis else new
-        return x if grouped is None else x.reshape(grouped)
+        if self.rows is None or name not in ("attn.scores", "attn.pattern"):
+            return self._pass(full, x, None)
+        heads = self.model.config.num_attention_heads // self.model.mesh.size
+        by_head = x.reshape(x.shape[0], heads, -1, x.shape[-1])  # [N, K, G R, L] -> [N, H, R, L]
+        return self._pass(full, by_head, self.rows).reshape(x.shape)
+
+    def _pass(self, name: str, x: Tensor, rows: Rows | None) -> Tensor:
+        """Show x, gathered if that is wanted, and return it or what takes its place."""
+        point = point_of(name)
+        gathers = self.gather and point.axis is not None
+        seen = gather(x, point, self.model) if gathers else x
+        new = self.show(name, seen, rows)
+        if new is None:
+            return x
+        check_replacement(name, new, seen)
+        new = new.to(x.dtype)
+        return scatter(new, x, point, self.model) if gathers else new
 
 
-def shard_dim(point: Point) -> int:
-    """The dimension of a packed tensor that tensor parallelism splits: heads and channels."""
-    return 1
+def check_replacement(name: str, new: object, seen: Tensor) -> None:
+    """Raise TraceError unless `new`, a hook's answer, can take the place of `seen`."""
+    if isinstance(new, Tensor) and new.shape == seen.shape:
+        return
+    found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+    raise TraceError(
+        f"the hook on {name} returned {found}, expected None or a tensor {tuple(seen.shape)}"
+    )
 
 
-def gather(x: Tensor, point: Point, model: Qwen2) -> Tensor:
-    """A shard of every rank as one tensor; replicated key/value heads once."""
-    whole = model.mesh.all_gather(x.contiguous(), dim=shard_dim(point))
-    copies = max(model.mesh.size // model.config.num_key_value_heads, 1)
-    if point.axis == "kv heads" and copies > 1:
-        whole = whole[:, ::copies]
+def gather(x: Tensor, point: Point, model: Traceable) -> Tensor:
+    """The shards of all ranks as one tensor; KV heads that several ranks hold are in it once.
+
+    Heads and channels are always dimension 1 of a packed tensor.
+    """
+    whole = model.mesh.all_gather(x.contiguous(), dim=1)
+    if point.axis == "kv heads":
+        held = kv_heads_per_rank(model.config, model.mesh.size) * model.mesh.size
+        whole = whole[:, :: held // model.config.num_key_value_heads]
     return whole
 
 
-def scatter(whole: Tensor, shard: Tensor, point: Point, model: Qwen2) -> Tensor:
-    """This rank's part of a gathered tensor."""
+def scatter(whole: Tensor, shard: Tensor, point: Point, model: Traceable) -> Tensor:
+    """This rank's part, of the shape of `shard`, of a gathered tensor."""
     size, rank = shard.shape[1], model.mesh.rank
-    if point.axis == "kv heads":
-        return whole.narrow(1, rank * whole.shape[1] // model.mesh.size, size)
-    return whole.narrow(1, rank * size, size)
+    first = rank * size
+    if point.axis == "kv heads":  # neighbours may hold the same one
+        first = rank * whole.shape[1] // model.mesh.size
+    return whole.narrow(1, first, size)
+
+
+# ---- what callers use ---------------------------------------------------------------------------
+
+
+Value = TypeVar("Value")
+
+
+class Seen(dict[str, Value]):
+    """{canonical name: tensor}, in which TransformerLens's names are found too."""
+
+    def __missing__(self, name: str) -> Value:
+        for ours in self:
+            if alias_of(ours) == name:
+                return self[ours]
+        raise KeyError(name)
 
 
 def run_with_cache(
-    model: Qwen2,
+    model: Traceable,
     ids: Tensor,
-    names: str | list[str] | Callable[[str], bool] | None = None,
+    names: Names = None,
     to: torch.device | str | None = None,
     per_query_head: bool = False,
     gather: bool = True,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Seen[Tensor]]:
     """model(ids) and what passed the points: (logits [B, T, V], {canonical name: tensor}).
 
-    Tensors are [B, T, ...], scores and pattern [B, H, T, T]. to: the device to keep them on. per_query_head: keys
-    and values as [B, T, H, d] views, each KV head once for every query head that reads it.
+    Tensors are [B, T, ...], scores and pattern [B, H, T, T]. to: the device to keep them on.
+    per_query_head: keys and values as [B, T, H, d] views, each KV head once for every query head
+    that reads it. Raises TraceError for a name that matches nothing.
     """
-    seen: dict[str, Tensor] = {}
+    seen: Seen[Tensor] = Seen()
 
-    def keep(name: str, x: Tensor, where) -> None:
+    def keep(name: str, x: Tensor, rows: Rows | None) -> None:
         point = point_of(name)
         x = batched(x, point, ids)
         if per_query_head and point.axis == "kv heads":
             G = model.config.group_size
             x = x.unsqueeze(-2).expand(*x.shape[:-1], G, x.shape[-1]).flatten(-3, -2)
-        x = x.detach() if to is None else x.detach().to(to)
-        seen[name] = x
+        seen[name] = x.detach() if to is None else x.detach().to(to)
 
-    tap = Tap(model, select(names, model.config.num_hidden_layers), keep, gather)
-    return model(ids, tap=tap), Seen(seen)
+    tap = TracingTap(model, select(names, model.config.num_hidden_layers), keep, gather)
+    return model(ids, tap=tap), seen
 
 
 def run_with_hooks(
-    model: Qwen2, ids: Tensor, fwd_hooks: list[tuple], gather: bool = True
+    model: Traceable, ids: Tensor, fwd_hooks: Sequence[tuple[Names, Hook]], gather: bool = True
 ) -> Tensor:
-    """model(ids) with `fn(tensor, name)` called at the points each (names, fn) means; what it returns, if not
-    None, takes the tensor's place. Shapes as in `run_with_cache`. Returns logits [B, T, V]."""
+    """model(ids) with `fn(tensor, name)` called at the points that each (names, fn) means.
+
+    What fn returns, if not None, takes the tensor's place. Shapes as in `run_with_cache`. Returns
+    logits [B, T, V]. Raises TraceError for a name that matches nothing and for a return value that
+    does not fit.
+    """
     hooks = [(select(names, model.config.num_hidden_layers), fn) for names, fn in fwd_hooks]
 
-    def show(name: str, x: Tensor, where) -> Tensor | None:
-        point, new = point_of(name), None
-        shaped = batched(x, point, ids)
+    def show(name: str, x: Tensor, rows: Rows | None) -> Tensor | None:
+        shaped = batched(x, point_of(name), ids)
+        new = None
         for names, fn in hooks:
-            if name in names:
-                answer = fn(shaped, name)
-                if answer is not None:
-                    if not isinstance(answer, Tensor) or answer.shape != shaped.shape:
-                        found = (
-                            tuple(answer.shape)
-                            if isinstance(answer, Tensor)
-                            else type(answer).__name__
-                        )
-                        raise TraceError(
-                            f"the hook on {name} returned {found}, "
-                            f"expected None or a tensor {tuple(shaped.shape)}"
-                        )
-                    shaped = new = answer
+            answer = fn(shaped, name) if name in names else None
+            if answer is not None:
+                check_replacement(name, answer, shaped)
+                shaped = new = answer
         return None if new is None else new.reshape(x.shape)
 
-    every = set().union(*(names for names, _ in hooks)) if hooks else set()
-    return model(ids, tap=Tap(model, every, show, gather))
+    every = set().union(*(names for names, _ in hooks))
+    return model(ids, tap=TracingTap(model, every, show, gather))
 
 
 def batched(x: Tensor, point: Point, ids: Tensor) -> Tensor:
     """[B T, ...] as [B, T, ...]; scores and pattern are [B, ...] already."""
     return x if point.shape.startswith("H T") else x.unflatten(0, ids.shape)
-
-
-class Seen(dict):
-    """{canonical name: tensor} that TransformerLens's names find too."""
-
-    def __missing__(self, name: str) -> Tensor:
-        for ours in self:
-            if alias_of(ours) == name:
-                return self[ours]
-        raise KeyError(name)

@@ -10,6 +10,7 @@ And whether the engine, chunk by chunk and page by page, finds a needle, as far 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,11 +66,12 @@ def error(
         model._rotary = None
         if table is not None and model.dtype == torch.float32:
             model._rotary = table
-        batch, cache = Batch(positions, (64,), (start + 64,)), None
+        batch, cache = Batch.dense(1, 64), None
+        batch = replace(batch, positions=positions, context_lens=(start + 64,))
         if whole_context:
-            pages = (start + 64) // 256
-            batch = Batch(positions, (64,), (start + 64,), positions, torch.arange(pages)[None])
-            cache = model.new_cache(pages, 256)
+            blocks = (start + 64) // 256
+            batch = Batch.paged([64], [start + 64], [range(blocks)], 256)
+            cache = model.new_cache(blocks, 256)
             for layer in cache.pool:
                 layer.copy_(torch.randn(layer.shape, generator=g))
         logits.append(model(ids, batch, cache).double())

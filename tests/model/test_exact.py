@@ -96,30 +96,28 @@ def ragged(count, longest, seed=0, vocab_size=2048):
     return [[r.randrange(vocab_size) for _ in range(r.randint(1, longest))] for _ in range(count)]
 
 
-def paged(model, sequences, chunk=lambda i, done: 10**9, page_size=16, seed=0):
-    """Every position's logits of every sequence, computed together, `chunk(i, done)` tokens of each at a time, in
-    pages scattered over a pool whose free slots hold rubbish."""
-    counts = [-(-len(s) // page_size) for s in sequences]
-    pages = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(seed))
-    cache = model.new_cache(len(pages), page_size)
+def paged(model, sequences, chunk=lambda i, done: 10**9, block_size=16, seed=0):
+    """Every position's logits of every sequence, computed together.
+
+    `chunk(i, done)` tokens of each sequence at a time, in blocks scattered over a pool whose free
+    slots hold rubbish.
+    """
+    counts = [-(-len(s) // block_size) for s in sequences]
+    blocks = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(seed))
+    cache = model.new_cache(len(blocks), block_size)
     cache.pool.normal_(generator=torch.Generator().manual_seed(seed)).mul_(100)
-    own = pages[: sum(counts)].split(counts)
-    tables = torch.stack([torch.cat((p, p.new_zeros(max(counts) - len(p)))) for p in own])
+    own = [some.tolist() for some in blocks[: sum(counts)].split(counts)]
     done, out = [0] * len(sequences), [[] for _ in sequences]
     while active := [i for i, s in enumerate(sequences) if done[i] < len(s)]:
-        ids, positions, slots, lens, ends = [], [], [], [], []
+        ids, lens, ends = [], [], []
         for i in active:
             end = min(done[i] + chunk(i, done[i]), len(sequences[i]))
-            at = torch.arange(done[i], end)
-            ids.append(torch.tensor(sequences[i][done[i] : end]))
-            positions.append(at)
-            slots.append(own[i][at // page_size] * page_size + at % page_size)
-            lens.append(len(at)), ends.append(end)
+            ids += sequences[i][done[i] : end]
+            lens.append(end - done[i])
+            ends.append(end)
             done[i] = end
-        batch = Batch(
-            torch.cat(positions), tuple(lens), tuple(ends), torch.cat(slots), tables[active]
-        )
-        for i, logits in zip(active, model(torch.cat(ids), batch, cache).split(lens)):
+        batch = Batch.paged(lens, ends, [own[i] for i in active], block_size)
+        for i, logits in zip(active, model(torch.tensor(ids), batch, cache).split(lens)):
             out[i].append(logits)
     return [torch.cat(parts) for parts in out]
 
@@ -653,7 +651,7 @@ def test_instruction_set_of_the_math_libraries():
 
 @pytest.mark.parametrize("dtype", FINGERPRINTS)
 def test_the_frozen_fingerprint(dtype):
-    """On any machine. If a change of the arithmetic is intended: `python -m minqwen.lab.golden` prints new ones."""
+    """On any machine. If a change of the arithmetic is intended: `python tools/golden.py fingerprint` prints new ones."""
     assert fingerprint(EMBEDDED, dtype) == FINGERPRINTS[dtype]
 
 

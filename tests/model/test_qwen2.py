@@ -464,11 +464,9 @@ def test_frequencies_are_the_golden_ones(case):
     assert frequencies.dtype == torch.float32 and frequencies.tolist() == case["inv_freq"]
     assert factor == case.get("attention_factor", 1.0)
     if scaling:
-        assert rope.yarn_range(config) == (case["low"], case["high"])
-        unrounded = dataclasses.replace(
-            config, rope_scaling=dataclasses.replace(scaling, truncate=False)
-        )
-        assert rope.yarn_range(unrounded) == pytest.approx(
+        assert rope.yarn_range(d, theta, scaling) == (case["low"], case["high"])
+        unrounded = dataclasses.replace(scaling, truncate=False)
+        assert rope.yarn_range(d, theta, unrounded) == pytest.approx(
             (case["low_raw"], case["high_raw"]), rel=1e-14
         )
 
@@ -528,14 +526,15 @@ def test_every_yarn_option_is_transformers():
 # ------------------------------------------------------------------------------------------------------ pages
 
 
-def run_paged(model, sequences, page_size, seed=0, largest_chunk=10**9, stale=0.0):
-    """Logits of every token of every sequence [T_i] through the cache, by random sequences and chunks a step.
+def run_paged(model, sequences, block_size, seed=0, largest_chunk=10**9, stale=0.0):
+    """Logits of every token of every sequence [T_i] through the cache.
 
-    Pages are handed out in no order; they held `stale` before, and block tables are padded with any page.
+    Random sequences bring a random chunk in every step. Blocks are handed out in no order; they
+    held `stale` before, and block tables are padded with any block.
     """
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    needed = [-(-len(ids) // page_size) for ids in sequences]
-    cache = model.new_cache(sum(needed) + 1, page_size)
+    needed = [-(-len(ids) // block_size) for ids in sequences]
+    cache = model.new_cache(sum(needed) + 1, block_size)
     cache.pool.fill_(stale)
     tables = torch.randperm(sum(needed) + 1, generator=generator)[: sum(needed)].split(needed)
     done, logits = [0] * len(sequences), [[] for _ in sequences]
@@ -545,18 +544,15 @@ def run_paged(model, sequences, page_size, seed=0, largest_chunk=10**9, stale=0.
             min(draw.choice([1, 1, 2, 5, 50, 10**9]), largest_chunk, len(sequences[i]) - done[i])
             for i in step
         ]
-        spans = [torch.arange(done[i], done[i] + n) for i, n in zip(step, chunks)]
-        most = max(needed[i] for i in step)
-        padded = torch.randint(sum(needed) + 1, (len(step), most), generator=generator)
+        ends = [done[i] + n for i, n in zip(step, chunks)]
+        own = [tables[i].tolist() for i in step]
+        batch = Batch.paged(chunks, ends, own, block_size)
+        padded = torch.randint(sum(needed) + 1, batch.block_tables.shape, generator=generator)
         for row, i in zip(padded, step):
             row[: needed[i]] = tables[i]
-        slots = [
-            tables[i][span // page_size] * page_size + span % page_size
-            for i, span in zip(step, spans)
-        ]
-        context = tuple(done[i] + n for i, n in zip(step, chunks))
-        batch = Batch(torch.cat(spans), tuple(chunks), context, torch.cat(slots), padded)
-        out = model(torch.cat([sequences[i][span] for i, span in zip(step, spans)]), batch, cache)
+        batch = dataclasses.replace(batch, block_tables=padded)
+        new = [sequences[i][end - n : end] for i, n, end in zip(step, chunks, ends)]
+        out = model(torch.cat(new), batch, cache)
         for i, n, rows in zip(step, chunks, out.split(chunks)):
             logits[i].append(rows)
             done[i] += n
@@ -615,17 +611,8 @@ def test_sequences_may_share_pages():
     cache = model.new_cache(9, 4)
 
     def step(ids, start, *tables):
-        n = len(ids) // len(tables)
-        at = torch.arange(start, start + n)
-        slots = torch.cat([torch.tensor(table)[at // 4] * 4 + at % 4 for table in tables])
-        batch = Batch(
-            at.repeat(len(tables)),
-            (n,) * len(tables),
-            (start + n,) * len(tables),
-            slots,
-            torch.tensor(tables),
-        )
-        return model(ids, batch, cache)
+        n, B = len(ids) // len(tables), len(tables)
+        return model(ids, Batch.paged([n] * B, [start + n] * B, tables, 4), cache)
 
     mine, theirs = [5, 0, 7, 2, 3, 3], [5, 0, 7, 8, 1, 6]
     assert error(step(first, 0, mine[:5]), model(first[None])[0]) < 1e-12
@@ -661,11 +648,11 @@ def error(a, b):
 
 def prefill_and_decode(model, ids):
     T, cache = len(ids), model.new_cache(4, 16)
-    pages = torch.tensor([[2, 0, 3]])
-    slots = pages[0, torch.arange(T) // 16] * 16 + torch.arange(T) % 16
-    spans = [slice(0, T - 2), slice(T - 2, T - 1), slice(T - 1, T)]
-    batches = [Batch(torch.arange(T)[s], (s.stop - s.start,), (s.stop,), slots[s], pages) for s in spans]
-    return torch.cat([model(ids[s], batch, cache) for s, batch in zip(spans, batches)])
+    logits = []
+    for start, end in ((0, T - 2), (T - 2, T - 1), (T - 1, T)):
+        batch = Batch.paged([end - start], [end], [[2, 0, 3]], 16)
+        logits.append(model(ids[start:end], batch, cache))
+    return torch.cat(logits)
 
 def greedy(model, ids):
     for _ in range(6):

@@ -10,14 +10,43 @@ plain step.
 from __future__ import annotations
 
 import random
+import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import count as counter
 
 from minqwen.engine.blocks import BlockPool, CachedBlock
-from minqwen.engine.scheduler import Scheduler, Sequence
+from minqwen.engine.request import Completion, Request
+from minqwen.engine.scheduler import Scheduled, Scheduler
+from minqwen.sampling.params import SamplingParams
 
 LONGEST, MOST_ALIVE = 24, 12
+PLAIN, UNCACHED = SamplingParams(), SamplingParams(prompt_logprobs=0)
+
+
+@dataclass(eq=False, kw_only=True)
+class Played(Completion):
+    """A completion whose tokens the machine draws."""
+
+    texts: list[int] = field(default_factory=list)  # the text that ends with each of `ids`
+    goal: int = LONGEST  # how many ids it gets
+    children: int = 0  # how many more completions its request has
+
+
+def play(request: Request, index: int, texts: list[int], goal: int) -> Played:
+    ids = list(request.prompt_ids)
+    return Played(
+        request=request,
+        params=request.params,
+        ids=ids,
+        num_prompt=len(ids),
+        seed=0,
+        index=index,
+        texts=texts,
+        goal=goal,
+    )
 
 
 class Watched:
@@ -62,7 +91,7 @@ class Machine:
         self.scheduler = scheduler_class(self.pool, 1 + self.choose(6), 6 + self.choose(25))
         self.after = defaultdict(counter(1).__next__)
         self.written = [[None] * self.size for _ in range(blocks)]
-        self.alive: list[Sequence] = []
+        self.alive: list[Played] = []
         self.arrivals = counter()
         self.happened: Counter = Counter()
 
@@ -85,8 +114,8 @@ class Machine:
         if action in (1, 2, 3, 4) and len(self.alive) < MOST_ALIVE:
             self.add()
         elif action == 5 and self.alive:
-            sequence = self.alive.pop(self.choose(len(self.alive)))
-            self.scheduler.finish(sequence)
+            completion = self.alive.pop(self.choose(len(self.alive)))
+            self.scheduler.finish(completion)
             self.happened["abort"] += 1
         else:
             self.step(fails=action == 6)
@@ -99,17 +128,16 @@ class Machine:
             self.choose(2) for _ in range(other)
         ] or [1]
         salt = "ab"[self.choose(2)] if self.choose(4) == 3 else None
-        sequence = Sequence(
-            (next(self.arrivals), 0), prompt, len(prompt), salt, use_cache=self.choose(8) < 7
+        arrival = next(self.arrivals)
+        params = PLAIN if self.choose(8) < 7 else UNCACHED
+        request = Request(
+            request_id=str(arrival), params=params, prompt_ids=prompt, arrival=arrival, salt=salt
         )
         goal = min(LONGEST, len(prompt) + 1 + self.choose(12))
-        sequence.state = {
-            "texts": self.texts(salt, prompt),
-            "goal": goal,
-            "children": max(0, self.choose(5) - 2),
-        }
-        self.alive.append(sequence)
-        self.scheduler.add(sequence)
+        completion = play(request, 0, self.texts(salt, prompt), goal)
+        completion.children = max(0, self.choose(5) - 2)
+        self.alive.append(completion)
+        self.scheduler.add(completion)
 
     def step(self, fails: bool = False, fresh: bool = True) -> None:
         scheduler, pool = self.scheduler, self.pool
@@ -118,7 +146,8 @@ class Machine:
             scheduler.num_preemptions,
             pool.evictions,
         )
-        plan = scheduler.schedule()
+        step = scheduler.schedule()
+        pairs = [(item.completion, item.count) for item in step]
         if scheduler.num_preemptions > preempted:
             assert not any(s.blocks for s in scheduler.waiting), (
                 "taken from who ran, not from who waits"
@@ -126,63 +155,55 @@ class Machine:
         self.happened["preemption"] += scheduler.num_preemptions - preempted
         self.happened["eviction"] += pool.evictions - evicted
         self.happened["step"] += 1
-        self.in_order_of_arrival(plan, before)
-        for sequence, count in plan:  # all is written ...
-            for i in range(sequence.computed, sequence.computed + count):
-                block = sequence.blocks[i // self.size]
+        self.in_order_of_arrival(step, before)
+        for completion, count in pairs:  # all is written ...
+            for i in range(completion.computed, completion.computed + count):
+                block = completion.blocks[i // self.size]
                 assert pool.references[block] == 1, "written while shared"
                 assert block not in pool.content, "written while others may find it"
-                self.written[block][i % self.size] = None if fails else sequence.state["texts"][i]
+                self.written[block][i % self.size] = None if fails else completion.texts[i]
         if fails:
             return
-        for sequence, count in plan:  # ... before anything is read
-            self.reads_its_own_text(sequence, sequence.computed + count)
-        for sequence, count in plan:
-            scheduler.computed(sequence, count)
-            if sequence.computed == len(sequence.ids):
-                self.draw(sequence, self.choose(2))
+        for completion, count in pairs:  # ... before anything is read
+            self.reads_its_own_text(completion, completion.computed + count)
+        for completion, count in pairs:
+            scheduler.computed(completion, count)
+            if completion.computed == len(completion.ids):
+                self.draw(completion, self.choose(2))
 
-    def draw(self, sequence: Sequence, token: int) -> None:
-        state = sequence.state
-        for n in range(state["children"]):
-            prompt = sequence.ids[: sequence.num_prompt]
-            child = Sequence(
-                (sequence.key[0], n + 1), prompt, len(prompt), sequence.salt, sequence.use_cache
-            )
-            child.state = {
-                "texts": state["texts"][: len(prompt)],
-                "goal": state["goal"],
-                "children": 0,
-            }
+    def draw(self, completion: Played, token: int) -> None:
+        for n in range(completion.children):
+            texts = completion.texts[: completion.num_prompt]
+            child = play(completion.request, n + 1, texts, completion.goal)
             self.alive.append(child)
-            self.scheduler.fork(sequence, child)
+            self.scheduler.fork(completion, child)
             self.happened["fork"] += 1
-        state["children"] = 0
-        sequence.ids.append(token)
-        state["texts"] += self.texts(state["texts"][-1], [token])
-        if len(sequence.ids) >= state["goal"]:
-            self.scheduler.finish(sequence)
-            self.alive.remove(sequence)
+        completion.children = 0
+        completion.ids.append(token)
+        completion.texts += self.texts(completion.texts[-1], [token])
+        if len(completion.ids) >= completion.goal:
+            self.scheduler.finish(completion)
+            self.alive.remove(completion)
 
     # ---- what must hold --------------------------------------------------------------------------
 
-    def in_order_of_arrival(self, plan: list[tuple[Sequence, int]], before: list[Sequence]) -> None:
-        scheduler, counts = self.scheduler, {id(s): count for s, count in plan}
-        assert plan or not self.alive, "nobody runs"
-        assert len(counts) == len(plan) and min(counts.values(), default=1) > 0
+    def in_order_of_arrival(self, step: list[Scheduled], before: list[Completion]) -> None:
+        scheduler, counts = self.scheduler, {id(item.completion): item.count for item in step}
+        assert step or not self.alive, "nobody runs"
+        assert len(counts) == len(step) and min(counts.values(), default=1) > 0
         spent = sum(counts.values())
         assert (
             spent <= scheduler.max_num_batched_tokens
             and len(scheduler.running) <= scheduler.max_num_seqs
         )
-        assert {id(s) for s, _ in plan} <= {id(s) for s in scheduler.running}
+        assert {id(item.completion) for item in step} <= {id(s) for s in scheduler.running}
         less = [s for s in scheduler.running if counts.get(id(s), 0) < len(s.ids) - s.computed]
-        if less:  # only the budget keeps a running sequence back, and the older are served first
+        if less:  # only the budget keeps a running completion back, and the older are served first
             assert spent == scheduler.max_num_batched_tokens
             assert sum(id(s) in counts for s in less) <= 1
             served = [s.key for s in before if id(s) in counts]
             assert all(s.key >= max(served) for s in less if s in before and served)
-        if plan:
+        if step:
             assert id(scheduler.running[0]) in counts, "the oldest does not advance"
         admitted = [s.key for s in scheduler.running if s not in before]
         if admitted and scheduler.waiting:
@@ -191,9 +212,9 @@ class Machine:
         stayed = [s.key for s in before if s in scheduler.running]
         assert not gone or not stayed or min(gone) > max(stayed), "not the youngest gave way"
 
-    def reads_its_own_text(self, sequence: Sequence, length: int) -> None:
-        size, texts = self.size, sequence.state["texts"]
-        for j, block in enumerate(sequence.blocks):
+    def reads_its_own_text(self, completion: Played, length: int) -> None:
+        size, texts = self.size, completion.texts
+        for j, block in enumerate(completion.blocks):
             n = min(size, length - j * size)
             if n > 0:
                 assert self.written[block][:n] == texts[j * size : j * size + n], (
@@ -211,7 +232,7 @@ class Machine:
             open_blocks += s.blocks[s.computed // size :]
             self.reads_its_own_text(s, s.computed)
             if pool.enable_prefix_caching:
-                texts = s.state["texts"][size - 1 : s.computed : size]
+                texts = s.texts[size - 1 : s.computed : size]
                 assert [pool.text_of[r.serial] for r in s.records] == texts
         assert holders == pool.references
         assert all(holders[block] == 1 for block in open_blocks), "shared before it is full"
@@ -247,7 +268,7 @@ class Machine:
         assert self.pool.num_free == self.pool.num_blocks
 
 
-def run(words: Several[int], digest_bits: int, **classes) -> Counter:
+def run(words: Sequence[int], digest_bits: int, **classes) -> Counter:
     """One machine from words[0], an action for every other word; what happened, counted."""
     machine = Machine(words[0], digest_bits, **classes)
     for word in words[1:]:
@@ -267,3 +288,15 @@ def long_run(steps: int, seed: int = 0, actions: int = 200) -> Counter:
         )
         happened["machine"] += 1
     return happened
+
+
+def main() -> None:
+    """`python tests/support/scheduler_machine.py [STEPS]`: so many steps, a million by default."""
+    began = time.perf_counter()
+    happened = long_run(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+    counts = ", ".join(f"{n} {what}s" for what, n in happened.items())
+    print(f"{counts} and no rule broken, {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

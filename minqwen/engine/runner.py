@@ -1,0 +1,74 @@
+"""Packs a step and runs it: completions in, the logits of their last tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from minqwen.engine.scheduler import Scheduled
+from minqwen.engine.tracing import StepTrace
+from minqwen.model import Batch, KVCache, Qwen2
+from minqwen.model.trace import UNTRACED, Tap, TracingTap
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """Logits [N, V] of a step: for each of its completions the rows `starts[i]` to `ends[i]`."""
+
+    logits: Tensor
+    starts: Sequence[int]
+    ends: Sequence[int]
+
+    def of(self, i: int) -> Tensor:
+        """All rows of completion i [n, V]: several only where the prompt's logits are wanted."""
+        return self.logits[self.starts[i] : self.ends[i]]
+
+    def last(self) -> Tensor:
+        """The row of each completion's last token [B, V]."""
+        if len(self.ends) == len(self.logits):
+            return self.logits
+        return self.logits[[end - 1 for end in self.ends]]
+
+
+class Runner:
+    """Runs steps on one model and its cache. It is the only caller of the forward pass here."""
+
+    def __init__(self, model: Qwen2, cache: KVCache):
+        self.model, self.cache = model, cache
+
+    @torch.inference_mode()
+    def run(self, step: list[Scheduled]) -> StepLogits:
+        """One forward pass: writes the new ids' keys and values, and returns logits."""
+        num_logits = [item.count if item.completion.wants_prompt_logits else 1 for item in step]
+        ids, batch = pack(step, num_logits, self.cache.block_size, self.model.device)
+        ends = list(accumulate(num_logits))
+        starts = [end - n for end, n in zip(ends, num_logits)]
+        logits: Tensor = self.model(ids, batch, self.cache, self._tap(step, ends))
+        return StepLogits(logits, starts, ends)
+
+    def _tap(self, step: list[Scheduled], ends: Sequence[int]) -> Tap:
+        """What the step's traced requests see of it."""
+        trace = StepTrace(step, ends)
+        return TracingTap(self.model, trace.names, trace.show) if trace.names else UNTRACED
+
+
+def pack(
+    step: list[Scheduled], num_logits: Sequence[int], block_size: int, device: torch.device
+) -> tuple[Tensor, Batch]:
+    """The step's new ids in one row [T], and the batch that says where they belong."""
+    ids: list[int] = []
+    for item in step:
+        ids += item.completion.ids[item.completion.computed : item.end]
+    batch = Batch.paged(
+        query_lens=[item.count for item in step],
+        context_lens=[item.end for item in step],
+        blocks=[item.completion.blocks for item in step],
+        block_size=block_size,
+        num_logits=num_logits,
+        device=device,
+    )
+    return torch.tensor(ids).to(device, non_blocking=True), batch

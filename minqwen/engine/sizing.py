@@ -1,0 +1,171 @@
+"""How large the engine is: its options, checked early, and the cache that fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from minqwen.checkpoint.offload import LAYERS_HELD
+from minqwen.checks import boolean, did_you_mean, integer, number, optional_integer
+from minqwen.config import ModelConfig
+from minqwen.errors import ConfigError
+from minqwen.model import Qwen2
+from minqwen.model.memory import block_bytes, blocks_that_fit
+
+MAX_BLOCK_SIZE = 256
+CPU_SHARE = 5  # on a CPU the cache takes a fifth of the memory that is free
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """vLLM's names. Raises ConfigError, when it is made, for a value that no engine can have.
+
+    max_model_len: most tokens of prompt and output together; None: the model's context, or what the
+    cache holds. block_size: tokens of a block of the cache. num_blocks, or kv_cache_bytes per rank,
+    or gpu_memory_utilization of the device (weights and the fullest step included) give the cache's
+    size. max_num_seqs and max_num_batched_tokens bound a step. enable_prefix_caching: keys and
+    values that earlier requests computed are used again.
+    """
+
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        optional_integer("max_model_len", self.max_model_len, 2)
+        integer("block_size", self.block_size, 1)
+        for name in ("num_blocks", "kv_cache_bytes"):
+            optional_integer(name, getattr(self, name), 1)
+        number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0)
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            integer(name, getattr(self, name), 1)
+        boolean("enable_prefix_caching", self.enable_prefix_caching)
+        if self.block_size > MAX_BLOCK_SIZE:
+            raise ConfigError(f"block_size is {self.block_size}, expected 1 to {MAX_BLOCK_SIZE}")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs is {self.max_num_seqs} and max_num_batched_tokens "
+                f"{self.max_num_batched_tokens}: a step must have room for one token of every "
+                "sequence; lower the one or raise the other"
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], others: Sequence[str] = ()) -> EngineOptions:
+        """From keyword arguments; an unknown one is refused with the nearest name.
+
+        others: names that the caller takes besides these.
+        """
+        own = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in own:
+                known = sorted([*own, *others])
+                raise ConfigError(
+                    f"there is no argument {name!r}, expected one of {', '.join(known)}"
+                    f"{did_you_mean(name, known)}"
+                )
+        return cls(**options)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError if the model cannot have so long a context."""
+        longest = config.context_length
+        if self.max_model_len is not None and self.max_model_len > longest:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}, expected 2 to {longest}, "
+                "the model's context"
+            )
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+
+def size_cache(model: Qwen2, options: EngineOptions, room: int | None = None) -> tuple[int, int]:
+    """(max_model_len, number of blocks) that fit; the same on every rank.
+
+    room: bytes for the cache and for what a step holds; None: what this machine has. Raises
+    ConfigError where the cache has no room for the context that was asked for.
+    """
+    options.check(model.config)
+    context = options.max_model_len or model.config.context_length
+    num_blocks = fewest_of_all_ranks(model, _blocks_of_rank(model, options, context, room))
+    tokens = num_blocks * options.block_size
+    if tokens >= context:
+        return context, num_blocks
+    if options.max_model_len is None and tokens >= 2:
+        return tokens, num_blocks
+    needed = options.blocks_for(context)
+    megabytes = needed * _block_bytes(model, options) / 1e6
+    raise ConfigError(
+        f"max_model_len {context} needs {needed} blocks of {options.block_size} tokens "
+        f"({megabytes:.1f} MB per rank), but the cache has {num_blocks}: lower max_model_len, or "
+        "give more num_blocks, kv_cache_bytes or gpu_memory_utilization"
+    )
+
+
+def _blocks_of_rank(model: Qwen2, options: EngineOptions, context: int, room: int | None) -> int:
+    """The blocks that were asked for, or those that fit on this rank."""
+    if options.num_blocks is not None:
+        return options.num_blocks
+    bytes_of_block = _block_bytes(model, options)
+    if options.kv_cache_bytes is not None:
+        return options.kv_cache_bytes // bytes_of_block
+    if room is None:
+        room = room_for_cache(model, options.gpu_memory_utilization)
+    fit = blocks_that_fit(
+        model.config,
+        room,
+        bytes_of_block,
+        block_size=options.block_size,
+        max_model_len=context,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        dtype=_name(model.ops.wide_dtype(model.dtype)),
+        size=model.mesh.size,
+        device=model.device.type,
+    )
+    return min(fit, options.max_num_seqs * options.blocks_for(context))  # more could not be used
+
+
+def _block_bytes(model: Qwen2, options: EngineOptions) -> int:
+    return block_bytes(model.config, model.mesh.size, options.block_size, _name(model.dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def fewest_of_all_ranks(model: Qwen2, count: int) -> int:
+    """The smallest `count` of all ranks: they must agree."""
+    most = model.mesh.all_reduce(torch.tensor([-float(count)], device=model.device), "max")
+    return -int(most)
+
+
+def room_for_cache(model: Qwen2, utilization: float) -> int:
+    """Bytes for the cache and for what a step holds besides the weights."""
+    if model.device.type != "cuda":
+        return available_memory() // CPU_SHARE // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free, total = torch.cuda.mem_get_info(model.device)
+    # With offload the layers' weights are not there yet; so many of them will be at a time.
+    layer = model.model.layers[0]
+    coming = sum(x.numel() * x.element_size() for x in layer.parameters() if x.is_meta)
+    return max(0, int(free - (1 - utilization) * total) - LAYERS_HELD * coming)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that could be had now without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
