@@ -12,6 +12,9 @@ from support.naive import greedy
 from support.paths import ROOT
 from support.torchrun import torchrun
 
+from minqwen import LLM, SamplingParams
+from minqwen.lab.tasks import heldout_questions
+
 TOOL = ROOT / "tools" / "generate.py"
 FLAGS = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12"]
 
@@ -107,11 +110,6 @@ def test_mistakes_are_one_line_and_exit_2(args, says):
 
 def test_chat_answers_held_out_sums(embedded_tokenizer):
     """The embedded model's checkable skill: at least 95 % of sums it was never shown, in bfloat16 as shipped."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from train_embedded import heldout_questions
-
-    from minqwen import LLM, SamplingParams
-
     llm = LLM(ROOT / "weights" / "embedded", dtype="float32", max_model_len=128, max_num_seqs=64)
     questions = heldout_questions()[::4]
     conversations = [[{"role": "user", "content": question.prompt}] for question in questions]

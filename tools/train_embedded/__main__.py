@@ -143,6 +143,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
+def check_out(out: Path) -> None:
+    """Raise MinqwenError, before the training, for a place where no checkpoint will be written."""
+    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not empty and not (out / "config.json").is_file():
+        raise MinqwenError(
+            f"--out {out}: exists and is not a checkpoint, expected one or nothing; choose another"
+        )
+
+
 def evaluate(out: Path, text: Path | None) -> None:
     """Print what the checkpoint in `out` can do."""
     _, heldout = split_chapters(read_bible(text))
@@ -152,6 +161,7 @@ def evaluate(out: Path, text: Path | None) -> None:
 
 def train_and_describe(settings: Settings, text: Path | None) -> None:
     """Train, measure, and write the model card."""
+    check_out(settings.out)
     torch.manual_seed(settings.seed)
     chapters = read_bible(text)
     trained, heldout = split_chapters(chapters)
@@ -193,6 +203,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last saved state", file=sys.stderr)
         return 130
+    except OSError as error:  # a full disk, or no permission to write to --run
+        raise MinqwenError(
+            f"{error.filename}: {error.strerror or error}; choose another --run, or make room"
+        ) from None
     return 0
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from minqwen import ModelConfig, Qwen2, Tokenizer
 from minqwen.errors import MinqwenError
 from minqwen.lab.tasks import Chapter, logits_where
 from minqwen.model.arithmetic import Native
+from minqwen.model.trace import Tap
 
 WARM_UP = 30  # steps in which the learning rates rise from nothing
 
@@ -69,13 +69,7 @@ class Training(Native):
     """
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hidden: Tensor | None,
-        scale: float,
-        tap: Callable[[str, Tensor], Tensor],
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Tap
     ) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=hidden is not None, scale=scale)
 
