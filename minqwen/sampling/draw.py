@@ -49,7 +49,9 @@ class Row:
     def forced(self) -> int | None:
         """The token that comes next whatever the logits are, if there is one."""
         ids = self.params.forced_ids
-        return ids[self.num_output] if ids is not None and self.num_output < len(ids) else None
+        if ids is None or self.num_output >= len(ids):
+            return None
+        return ids[self.num_output]
 
     @property
     def greedy(self) -> bool:
@@ -63,14 +65,15 @@ class Row:
     @property
     def plain(self) -> bool:
         """Greedy, and nothing changes the logits."""
-        changed = (
-            self.penalised
-            or self.params.logit_bias
-            or self.num_output < self.params.min_tokens
+        p = self.params
+        return not (
+            p.temperature != 0
+            or p.logit_bias
             or self.bad_words
             or self.mask is not None
+            or (p.min_tokens and self.num_output < p.min_tokens)
+            or self.penalised
         )
-        return self.greedy and not changed
 
     def count(self) -> None:
         """Count the ids that have come since the last call."""
@@ -121,8 +124,9 @@ def sample(
     tokens = [-1] * len(rows)
     plain, changed = [], []
     for i, row in enumerate(rows):
-        if row.forced is not None:
-            tokens[i] = row.forced
+        forced = row.forced
+        if forced is not None:
+            tokens[i] = forced
         elif row.plain:
             plain.append(i)
         else:

@@ -1,24 +1,25 @@
-"""Structured output against an adversary: whatever the logits, what finishes parses and validates."""
+"""Structured output: whatever the logits are, a text that finishes parses and validates."""
 
 import json
 import lzma
 import re
 import sys
-from pathlib import Path
 
 import jsonschema
 import llguidance  # noqa: F401  (the extra [json], which [test] brings as well)
 import numpy as np
 import pytest
 import torch
-from minqwen.engine.sampling import Row, SamplingParams, sample
+from support.paths import DATA
+from support.sampling import make_row
 
 from minqwen.errors import SamplingError
+from minqwen.sampling.draw import sample
+from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.structured import ConstraintCompiler, StructuredOutputs
 from minqwen.tokenizer import Tokenizer
 from minqwen.tokenizer_backends import ByteLevelBPE
 
-DATA = Path(__file__).parent / "data" / "tokenizer"
 MERGES = 6000  # of Qwen2.5's 151,387: short to load, and with the tokens that JSON is made of
 END, IM_END = 256 + MERGES, 256 + MERGES + 1
 WIDTH = 256 + MERGES + 100  # the model has more logits than the tokenizer has tokens
@@ -27,7 +28,9 @@ WIDTH = 256 + MERGES + 100  # the model has more logits than the tokenizer has t
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("small_qwen")
-    merges = lzma.decompress((DATA / "merges.txt.xz").read_bytes()).decode().splitlines()
+    merges = (
+        lzma.decompress((DATA / "tokenizer" / "merges.txt.xz").read_bytes()).decode().splitlines()
+    )
     merges = [line for line in merges if not line.startswith("#version")][:MERGES]
     vocab = {symbol: i for i, symbol in enumerate(ByteLevelBPE.alphabet)}
     for line in merges:
@@ -68,7 +71,7 @@ def closing(tokenizer, value):
 
 
 def write(compiler, tokenizer, spec, seed, limit=400, bias=None, temperature=1.0):
-    """Random logits, masked: (text, finished?). What closes a string or an object is somewhat likelier."""
+    """Random logits, masked: (text, finished?). What closes a string or an object is likelier."""
     rng = np.random.default_rng(seed)
     constraint = compiler.constraint(spec)
     noise = torch.from_numpy(rng.normal(0, 2, WIDTH)).float()
@@ -79,7 +82,7 @@ def write(compiler, tokenizer, spec, seed, limit=400, bias=None, temperature=1.0
         assert mask.shape == (WIDTH,) and mask.dtype == torch.bool and mask.any()
         assert not mask[tokenizer.vocab_size :].any() and bool(mask[END]) == bool(mask[IM_END])
         logits = tilt + torch.from_numpy(rng.normal(0, 2, WIDTH)).float()
-        row = Row(SamplingParams(temperature=temperature), [], out, seed, mask=mask)
+        row = make_row(SamplingParams(temperature=temperature), (), out, seed, mask=mask)
         (token,), _ = sample(logits[None], [row])
         constraint.accept(token)
         out.append(token)
