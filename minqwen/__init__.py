@@ -1,17 +1,19 @@
 """minqwen: a golden reference inference engine for Qwen2.5 in pure PyTorch.
 
 Reading order:
-    config.py            what a checkpoint says of itself
-    model/qwen2.py       the forward pass, in one sitting; then rope.py, attention.py, arithmetic.py
-    checkpoint/          where the numbers come from
-    parallel.py          who holds which part of them
-    engine/              how requests run: kv_cache.py, scheduler.py, sampling.py, llm.py
+    config               what a checkpoint says of itself
+    model/qwen2.py       the forward pass, in one sitting; then arithmetic, attention, rope
+    checkpoint           where the numbers come from
+    parallel             who holds which part of them
+    sampling, engine     how tokens are chosen, and how requests run: engine/core.py, then llm.py
+docs/architecture.md walks a request, a weight, an activation and a mistake through these rooms.
 
 Shapes in comments:
-    T  tokens of this step, all sequences packed       B  sequences          D  hidden_size
-    H  query heads        K  key/value heads           G  = H / K            d  head_dim
-    V  vocabulary rows    P  pages of the cache        S  tokens per page    L  tokens of context
-Under tensor parallelism H, K and V are what this rank holds.
+    T  tokens of this step, all sequences packed    B  sequences       D  hidden_size
+    H  query heads     K  key/value heads           G  = H / K         d  head_dim
+    V  vocabulary rows                              I  intermediate_size
+    P  blocks of the cache     S  tokens per block  L  tokens of context
+Under tensor parallelism H, K, I and V are what this rank holds.
 """
 
 from minqwen.checkpoint import Checkpoint

@@ -52,8 +52,10 @@ class Runner:
 
     def _tap(self, step: list[Scheduled], ends: Sequence[int]) -> Tap:
         """What the step's traced requests see of it."""
+        if not any(item.completion.request.trace for item in step):
+            return UNTRACED
         trace = StepTrace(step, ends)
-        return TracingTap(self.model, trace.names, trace.show) if trace.names else UNTRACED
+        return TracingTap(self.model, trace.names, trace.show)
 
 
 def pack(
