@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minqwen.errors import SamplingError
-from minqwen.sampling.kernels import draw_many, put, take
+from minqwen.sampling.kernels import draw_many, partition, put, take
 from minqwen.sampling.logprobs import Logprob, logprobs_of, wide
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.warp import INF, uniform
@@ -88,11 +88,12 @@ class Row:
             banned += self.params.stop_token_ids
             if not self.params.ignore_eos:
                 banned += self.eos_token_ids
-        for *head, last in self.bad_words:
-            n = len(head)
-            if n <= self.num_output and (n == 0 or self.ids[-n:] == head):
-                banned.append(last)
+        banned += [last for *head, last in self.bad_words if self._output_ends_with(head)]
         return banned
+
+    def _output_ends_with(self, head: list[int]) -> bool:
+        start = len(self.ids) - len(head)
+        return start >= self.num_prompt and self.ids[start:] == head
 
 
 def bad_word_ids(
@@ -149,30 +150,33 @@ def _logprobs(
     logits: Tensor, rows: Sequence[Row], tokens: list[int]
 ) -> list[dict[int, Logprob] | None] | None:
     """The logprobs that rows ask for, where a token was found."""
-    nums = [row.params.logprobs for row in rows]
-    if all(num is None for num in nums):
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
         return None
     found: list[dict[int, Logprob] | None] = [None] * len(rows)
-    asked = [i for i, num in enumerate(nums) if num is not None and tokens[i] >= 0]
-    if asked:
-        ids, some = [tokens[i] for i in asked], [nums[i] or 0 for i in asked]
-        for i, entry in zip(asked, logprobs_of(take(logits, asked), ids, some), strict=True):
-            found[i] = entry
+    drawn = [i for i in asked if tokens[i] >= 0]
+    if drawn:
+        ids = [tokens[i] for i in drawn]
+        nums = [rows[i].params.logprobs or 0 for i in drawn]
+        put(found, drawn, logprobs_of(take(logits, drawn), ids, nums))
     return found
 
 
-def _choose(x: Tensor, rows: list[Row]) -> list[int]:
+def _choose(x: Tensor, rows: Sequence[Row]) -> list[int]:
     """A token for each row of transformed logits x [R, V]: the largest, or a drawn one."""
-    greedy = [i for i, row in enumerate(rows) if row.greedy]
-    random = [i for i, row in enumerate(rows) if not row.greedy]
+    greedy, random = partition(row.greedy for row in rows)
     tokens = [-1] * len(rows)
     if greedy:
         put(tokens, greedy, _greedy(take(x, greedy)))
     if random:
-        some = [rows[i] for i in random]
-        u = [uniform(row.seed, row.index, row.num_output) for row in some]
-        put(tokens, random, draw_many(take(x, random), [row.params for row in some], u))
+        put(tokens, random, _random(take(x, random), [rows[i] for i in random]))
     return tokens
+
+
+def _random(x: Tensor, rows: Sequence[Row]) -> list[int]:
+    """A token drawn for each row of x [R, V], each with its own random number."""
+    u = [uniform(row.seed, row.index, row.num_output) for row in rows]
+    return draw_many(x, [row.params for row in rows], u)
 
 
 def _greedy(x: Tensor) -> list[int]:
@@ -182,6 +186,39 @@ def _greedy(x: Tensor) -> list[int]:
     usable = x.gather(1, best[:, None])[:, 0].isfinite()
     ids: list[int] = torch.where(usable, best, -1).tolist()
     return ids
+
+
+class Entries:
+    """Entries of logits x [R, V] and a number for each: collected row by row, changed at once."""
+
+    def __init__(self, x: Tensor):
+        self.x, self.width = x, x.shape[1]
+        self.places: list[NDArray[np.int64]] = []
+        self.parts: list[NDArray[np.float64]] = []
+
+    def add(self, row: int, ids: Collection[int], numbers: NDArray[np.float64]) -> None:
+        """Some ids of a row. Raises SamplingError for an id outside the logits."""
+        if not ids:
+            return
+        places = np.fromiter(ids, np.int64, len(ids))
+        if places.max() >= self.width:
+            raise SamplingError(
+                f"token id {places.max()} in a request: expected ids from 0 to {self.width - 1}"
+            )
+        self.places.append(places + row * self.width)
+        self.parts.append(numbers)
+
+    @property
+    def found(self) -> bool:
+        return bool(self.places)
+
+    def where(self) -> Tensor:
+        """The places of all the entries in x.view(-1): int64 [N]."""
+        return torch.from_numpy(np.concatenate(self.places)).to(self.x.device)
+
+    def numbers(self) -> Tensor:
+        """The number of each entry [N], in x's dtype."""
+        return torch.from_numpy(np.concatenate(self.parts)).to(self.x.device, self.x.dtype)
 
 
 def transform(x: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -196,71 +233,55 @@ def transform(x: Tensor, rows: Sequence[Row]) -> Tensor:
     _penalise_frequency(x, rows)
     _add_bias(x, rows)
     _ban(x, rows)
+    _mask(x, rows)
     return x
 
 
 def _penalise_repetition(x: Tensor, rows: Sequence[Row]) -> None:
-    at, penalties = [], []
+    """Ids in the prompt or the output: divided by the penalty, or multiplied if negative."""
+    entries = Entries(x)
     for r, row in enumerate(rows):
-        penalty, seen = row.params.repetition_penalty, row._seen
-        if penalty != 1 and seen:
-            at.append((r, seen))
-            penalties.append(np.full(len(seen), penalty))
-    if at:
-        flat, where, factor = x.view(-1), _positions(x, at), _numbers(x, penalties)
+        penalty = row.params.repetition_penalty
+        if penalty != 1:
+            entries.add(r, row._seen, np.full(len(row._seen), penalty))
+    if entries.found:
+        flat, where, factor = x.view(-1), entries.where(), entries.numbers()
         scores = flat[where]
         flat[where] = torch.where(scores < 0, scores * factor, scores / factor)
 
 
 def _penalise_frequency(x: Tensor, rows: Sequence[Row]) -> None:
-    """frequency_penalty times the count in the output, and presence_penalty."""
-    at, penalties = [], []
+    """Ids in the output: less frequency_penalty times their count, and less presence_penalty."""
+    entries = Entries(x)
     for r, row in enumerate(rows):
         p, counts = row.params, row._counts
-        if (p.frequency_penalty or p.presence_penalty) and counts:
-            at.append((r, counts))
+        if p.frequency_penalty or p.presence_penalty:
             times = np.fromiter(counts.values(), np.float64, len(counts))
-            penalties.append(p.frequency_penalty * times + p.presence_penalty)
-    if at:
-        x.view(-1)[_positions(x, at)] -= _numbers(x, penalties)
+            entries.add(r, counts, p.frequency_penalty * times + p.presence_penalty)
+    if entries.found:
+        x.view(-1)[entries.where()] -= entries.numbers()
 
 
 def _add_bias(x: Tensor, rows: Sequence[Row]) -> None:
-    at, biases = [], []
+    entries = Entries(x)
     for r, row in enumerate(rows):
         bias = row.params.logit_bias
         if bias:
-            at.append((r, bias))
-            biases.append(np.fromiter(bias.values(), np.float64, len(bias)))
-    if at:
-        x.view(-1)[_positions(x, at)] += _numbers(x, biases)
+            entries.add(r, bias, np.fromiter(bias.values(), np.float64, len(bias)))
+    if entries.found:
+        x.view(-1)[entries.where()] += entries.numbers()
 
 
 def _ban(x: Tensor, rows: Sequence[Row]) -> None:
-    """What a row bans, and all that its mask does not allow."""
-    banned = [(r, row.banned()) for r, row in enumerate(rows)]
-    at = [(r, ids) for r, ids in banned if ids]
-    if at:
-        x.view(-1)[_positions(x, at)] = -INF
+    entries = Entries(x)
+    for r, row in enumerate(rows):
+        banned = row.banned()
+        entries.add(r, banned, np.full(len(banned), -INF))
+    if entries.found:
+        x.view(-1)[entries.where()] = -INF
+
+
+def _mask(x: Tensor, rows: Sequence[Row]) -> None:
     for r, row in enumerate(rows):
         if row.mask is not None:
             x[r].masked_fill_(~row.mask.to(x.device), -INF)
-
-
-def _positions(x: Tensor, at: Sequence[tuple[int, Collection[int]]]) -> Tensor:
-    """Where the ids of some rows, [(row, ids), ...], lie in x.view(-1): int64 [N]."""
-    width = x.shape[1]
-    parts = []
-    for r, ids in at:
-        part = np.fromiter(ids, np.int64, len(ids))
-        if part.max() >= width:
-            raise SamplingError(
-                f"token id {part.max()} in a request: expected ids from 0 to {width - 1}"
-            )
-        parts.append(part + r * width)
-    return torch.from_numpy(np.concatenate(parts)).to(x.device)
-
-
-def _numbers(x: Tensor, parts: list[NDArray[np.float64]]) -> Tensor:
-    """All the numbers, rounded to x's dtype, on its device."""
-    return torch.from_numpy(np.concatenate(parts)).to(x.device, x.dtype)

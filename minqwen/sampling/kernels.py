@@ -7,6 +7,7 @@ few blocks that matter. What is decided from a few numbers is decided on the CPU
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -26,10 +27,18 @@ def take(x: Tensor, at: list[int]) -> Tensor:
     return x if len(at) == len(x) else x[torch.tensor(at, device=x.device)]
 
 
-def put(target: list[Value], at: list[int], values: list[Value]) -> None:
+def put(target: list[Value], at: list[int], values: Sequence[Value]) -> None:
     """target[at[i]] = values[i]."""
     for i, value in zip(at, values, strict=True):
         target[i] = value
+
+
+def partition(flags: Iterable[bool]) -> tuple[list[int], list[int]]:
+    """Where the flags are true, and where they are false."""
+    where: tuple[list[int], list[int]] = [], []
+    for i, flag in enumerate(flags):
+        where[0 if flag else 1].append(i)
+    return where
 
 
 def padded(x: Tensor) -> Tensor:
@@ -113,12 +122,17 @@ def draw_many(x: Tensor, params: list[SamplingParams], u: list[float]) -> list[i
         torch.tensor(u, dtype=torch.float64)[:, None],
         params,
     )
-    whole: list[int] = []
-    cut: list[int] = []
-    for i, usable in enumerate(rows.top[:, 0].isfinite().tolist()):
-        if usable:
-            (cut if _cuts(params[i]) else whole).append(i)
     ids = [-1] * len(params)
+    usable, _ = partition(rows.top[:, 0].isfinite().tolist())
+    if usable:
+        put(ids, usable, _draw(rows.some(usable)))
+    return ids
+
+
+def _draw(rows: Rows) -> list[int]:
+    """A token of each row; every row has one."""
+    cut, whole = partition(_cuts(p) for p in rows.params)
+    ids = [-1] * len(rows.params)
     if whole:
         put(ids, whole, _draw_from_all(rows.some(whole)))
     if cut:
@@ -129,6 +143,7 @@ def draw_many(x: Tensor, params: list[SamplingParams], u: list[float]) -> list[i
 
 
 def _cuts(p: SamplingParams) -> bool:
+    """Whether a step may drop tokens."""
     return p.top_k > 0 or p.top_p < 1 or p.min_p > 0
 
 
@@ -172,10 +187,9 @@ def _draw_from_largest(rows: Rows, m: int) -> list[int]:
     w, enough = _weights_left(rows, values)
     w = torch.zeros_like(w).scatter(1, order, w)  # in the order of ids, as `draw` adds them
     drawn: list[int] = ids.gather(1, pick(w, rows.u * w.cumsum(-1)[:, -1:])[0])[:, 0].tolist()
-    if m < width:
-        again = [i for i, known in enumerate(enough.tolist()) if not known]
-        if again:
-            put(drawn, again, _draw_from_largest(rows.some(again), 16 * m))
+    _, again = partition(enough.tolist())
+    if again and m < width:
+        put(drawn, again, _draw_from_largest(rows.some(again), 16 * m))
     return drawn
 
 

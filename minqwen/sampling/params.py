@@ -34,9 +34,14 @@ class Numbers:
         if not (is_integer(value) if self.integer else is_finite(value)):
             raise _wrong(name, value, self.expected)
         number = int(value) if self.integer else float(value)
-        if not self.low <= number <= self.high or (self.above_low and number == self.low):
+        if not self._contains(number):
             raise _wrong(name, value, self.expected)
         return number
+
+    def _contains(self, number: int | float) -> bool:
+        if self.above_low and number == self.low:
+            return False
+        return self.low <= number <= self.high
 
 
 NUMBERS = {

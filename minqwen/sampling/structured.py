@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json as json_library
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +65,7 @@ class StructuredOutputs:
     def __post_init__(self) -> None:
         kind = self.kind
         where, value = f"structured_outputs.{kind}", getattr(self, kind)
-        if kind == "json":
-            object.__setattr__(self, "json", _schema(where, value))
-        elif kind == "choice":
-            object.__setattr__(self, "choice", _choices(where, value))
-        elif kind == "json_object":
-            if value is not True:
-                raise _wrong(where, value, "True")
-        elif not isinstance(value, str) or not value:
-            raise _wrong(where, value, "a non-empty string")
+        object.__setattr__(self, kind, CHECKS[kind](where, value))
 
 
 def _wrong(where: str, value: object, expected: str) -> Exception:
@@ -84,13 +76,22 @@ def _is_absent(value: object) -> bool:
     return value is None or value is False  # but not 0 or "", which are mistakes
 
 
+def _true(where: str, value: Any) -> bool:
+    if value is not True:
+        raise _wrong(where, value, "True")
+    return value
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong(where, value, "a non-empty string")
+    return value
+
+
 def _choices(where: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not value:
         raise _wrong(where, value, "a list of non-empty strings")
-    for item in value:
-        if not isinstance(item, str) or not item:
-            raise _wrong(f"an item of {where}", item, "a non-empty string")
-    return tuple(value)
+    return tuple(_text(f"an item of {where}", item) for item in value)
 
 
 # ---- JSON schemas -------------------------------------------------------------------------------
@@ -155,17 +156,35 @@ def _check_min_properties(schema: dict[str, Any], where: str) -> None:
 def _parts(schema: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     """The schemas inside a schema, with the place of each."""
     for word in ("properties", "patternProperties", "$defs", "definitions"):
-        parts = schema.get(word, {})
-        if not isinstance(parts, dict):
-            raise _wrong(f"{where}.{word}", parts, "an object of schemas")
-        yield from ((f"{where}.{word}.{name}", part) for name, part in parts.items())
+        yield from _named_parts(f"{where}.{word}", schema.get(word, {}))
     for word in ("anyOf", "allOf", "oneOf", "prefixItems"):
-        parts = schema.get(word, [])
-        if not isinstance(parts, list):
-            raise _wrong(f"{where}.{word}", parts, "a list of schemas")
-        yield from ((f"{where}.{word}[{i}]", part) for i, part in enumerate(parts))
+        yield from _listed_parts(f"{where}.{word}", schema.get(word, []))
     for word in ("items", "additionalProperties"):
         yield f"{where}.{word}", schema.get(word, True)
+
+
+def _named_parts(where: str, parts: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(parts, dict):
+        raise _wrong(where, parts, "an object of schemas")
+    for name, part in parts.items():
+        yield f"{where}.{name}", part
+
+
+def _listed_parts(where: str, parts: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(parts, list):
+        raise _wrong(where, parts, "a list of schemas")
+    for i, part in enumerate(parts):
+        yield f"{where}[{i}]", part
+
+
+# What each field of StructuredOutputs must be: it is replaced by what its check returns.
+CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "json": _schema,
+    "regex": _text,
+    "choice": _choices,
+    "grammar": _text,
+    "json_object": _true,
+}
 
 
 # ---- grammars -----------------------------------------------------------------------------------
@@ -279,10 +298,13 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """Go on past a token. Raises SamplingError for one that the mask does not allow."""
-        if token in self.end_ids and self.matcher.is_accepting():
+        ends = token in self.end_ids
+        if ends and self.matcher.is_accepting():
             self.ended = True
-        elif self.ended or token in self.end_ids or not self.matcher.consume_token(token):
-            why = " ".join(self.matcher.get_error().split())[:200]
-            raise SamplingError(
-                f"token {token} does not fit structured_outputs{': ' + why if why else ''}"
-            )
+        elif ends or self.ended or not self.matcher.consume_token(token):
+            raise SamplingError(f"token {token} does not fit structured_outputs{self._reason()}")
+
+    def _reason(self) -> str:
+        """llguidance's reason for refusing a token, in one line, if it gives one."""
+        why = " ".join(self.matcher.get_error().split())[:200]
+        return f": {why}" if why else ""
