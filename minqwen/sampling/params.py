@@ -3,64 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minqwen.checks import did_you_mean, is_finite, is_integer, wrong
+from minqwen.checks import boolean, did_you_mean, is_finite, is_integer, number, wrong
 from minqwen.errors import SamplingError
 from minqwen.generation_config import GenerationDefaults
 from minqwen.sampling.structured import StructuredOutputs
 
-INF = math.inf
-LOWEST_TEMPERATURE = 1e-5  # below it float32 logits would overflow; 0 is greedy
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers that a field may hold: finite, from low to high, both included."""
-
-    expected: str  # what the error says
-    low: float
-    high: float = INF
-    integer: bool = False
-    optional: bool = False  # None is allowed too
-    above_low: bool = False  # low itself is not allowed
-
-    def check(self, name: str, value: Any) -> int | float | None:
-        """The value as Python's own int or float. Raises SamplingError."""
-        if value is None and self.optional:
-            return None
-        if not (is_integer(value) if self.integer else is_finite(value)):
-            raise _wrong(name, value, self.expected)
-        number = int(value) if self.integer else float(value)
-        if not self._contains(number):
-            raise _wrong(name, value, self.expected)
-        return number
-
-    def _contains(self, number: int | float) -> bool:
-        if self.above_low and number == self.low:
-            return False
-        return self.low <= number <= self.high
-
-
-NUMBERS = {
-    "n": Numbers("an integer >= 1", 1, integer=True),
-    "temperature": Numbers("0 (greedy) or a number >= 1e-05", 0),
-    "top_p": Numbers("a number above 0, at most 1 (1: off)", 0, 1, above_low=True),
-    "top_k": Numbers("an integer >= 1, or 0 or -1 (off)", -1, integer=True),
-    "min_p": Numbers("a number from 0 (off) to 1", 0, 1),
-    "repetition_penalty": Numbers("a number above 0 (1: off)", 0, above_low=True),
-    "presence_penalty": Numbers("a number from -2 to 2 (0: off)", -2, 2),
-    "frequency_penalty": Numbers("a number from -2 to 2 (0: off)", -2, 2),
-    "seed": Numbers("None or an integer from 0 to 2**64 - 1", 0, 2**64 - 1, True, True),
-    "max_tokens": Numbers("None (the rest of the context) or an integer >= 1", 1, INF, True, True),
-    "min_tokens": Numbers("an integer >= 0", 0, integer=True),
-    "logprobs": Numbers("None, an integer >= 0, or -1 (all)", -1, INF, True, True),
-    "prompt_logprobs": Numbers("None, an integer >= 0, or -1 (all)", -1, INF, True, True),
-}
-BIAS = Numbers("a number from -100 to 100", -100, 100)
-TOKEN_ID, TOKEN_IDS = "a token id (an integer >= 0)", "a sequence of token ids (integers >= 0)"
 NOT_TOGETHER = {
     "forced_ids": ("stop", "stop_token_ids", "structured_outputs"),
     "structured_outputs": ("min_tokens", "bad_words", "stop"),
@@ -111,36 +62,15 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, allowed in NUMBERS.items():
-            self._set(name, allowed.check(name, getattr(self, name)))
-        if 0 < self.temperature < LOWEST_TEMPERATURE:
-            raise _wrong("temperature", self.temperature, NUMBERS["temperature"].expected)
-        for name in ("include_stop_str_in_output", "ignore_eos"):
-            if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, getattr(self, name), "True or False")
-        self._set(
-            "stop", _strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
-        )
-        self._set("bad_words", _strings("bad_words", self.bad_words))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        if self.logit_bias is not None:
-            self._set("logit_bias", _biases(self.logit_bias))
-        if not isinstance(self.structured_outputs, (StructuredOutputs, type(None))):
-            expected = "None or StructuredOutputs, for example StructuredOutputs(json=...)"
-            raise _wrong("structured_outputs", self.structured_outputs, expected)
+        for name, check in CHECKS.items():
+            self._set(name, check(name, getattr(self, name)))
         if self.forced_ids is not None:
-            self._set("forced_ids", _token_ids("forced_ids", self.forced_ids))
-            self._end_with_forced_ids(self.forced_ids)
+            self._set("max_tokens", len(self.forced_ids))
+            self._set("ignore_eos", True)
         self._check_together()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # a frozen dataclass refuses self.name = value
-
-    def _end_with_forced_ids(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise SamplingError("forced_ids is empty: expected None or at least one token id")
-        self._set("max_tokens", len(ids))
-        self._set("ignore_eos", True)
 
     def _check_together(self) -> None:
         """Refuses fields that contradict each other."""
@@ -176,8 +106,50 @@ class SamplingParams:
                     )
 
 
+# ---- one check for each field -------------------------------------------------------------------
+# Each takes a name for the error and a value, and returns what the field shall hold.
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers that a field may hold: finite, from low to high, both included."""
+
+    expected: str  # what the error says
+    low: float
+    high: float = math.inf
+    integer: bool = False
+    optional: bool = False  # None is allowed too
+    above_low: bool = False  # low itself is not allowed
+
+    def check(self, name: str, value: Any) -> int | float | None:
+        """The value as Python's own int or float."""
+        if value is None and self.optional:
+            return None
+        if not (is_integer(value) if self.integer else is_finite(value)):
+            raise _wrong(name, value, self.expected)
+        found = int(value) if self.integer else float(value)
+        if not self._contains(found):
+            raise _wrong(name, value, self.expected)
+        return found
+
+    def _contains(self, found: int | float) -> bool:
+        if self.above_low and found == self.low:
+            return False
+        return self.low <= found <= self.high
+
+
 def _wrong(name: str, value: object, expected: str) -> Exception:
     return wrong(name, value, expected, error=SamplingError)
+
+
+def _temperature(name: str, value: Any) -> float:
+    if not is_finite(value) or not (value == 0 or value >= 1e-5):
+        raise _wrong(name, value, "0 (greedy) or a number >= 1e-05")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    return boolean(name, value, error=SamplingError)
 
 
 def _items(name: str, value: Any, expected: str) -> list[Any]:
@@ -192,26 +164,91 @@ def _items(name: str, value: Any, expected: str) -> list[Any]:
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    """Strings that are not empty; those of bad_words hold more than blanks."""
     items = _items(name, value, "strings that are not empty")
     for item in items:
-        if not isinstance(item, str) or not (item.strip() if name == "bad_words" else item):
+        if not isinstance(item, str) or not item:
             raise _wrong(f"an item of {name}", item, "a string that is not empty")
     return tuple(items)
 
 
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    return _strings(name, [value] if isinstance(value, str) else value)
+
+
+def _bad_words(name: str, value: Any) -> tuple[str, ...]:
+    words = _strings(name, value)
+    for word in words:
+        if not word.strip():
+            raise _wrong(f"an item of {name}", word, "a string with more than white space")
+    return words
+
+
+def _token_id(name: str, value: Any) -> int:
+    if not is_integer(value) or value < 0:
+        raise _wrong(name, value, "a token id (an integer >= 0)")
+    return int(value)
+
+
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    items = _items(name, value, TOKEN_IDS)
-    for item in items:
-        if not is_integer(item) or item < 0:
-            raise _wrong(f"an item of {name}", item, TOKEN_ID)
-    return tuple(int(item) for item in items)
+    items = _items(name, value, "a sequence of token ids (integers >= 0)")
+    return tuple(_token_id(f"an item of {name}", item) for item in items)
 
 
-def _biases(value: Any) -> dict[int, float]:
+def _forced_ids(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    ids = _token_ids(name, value)
+    if not ids:
+        raise SamplingError(f"{name} is empty: expected None or at least one token id")
+    return ids
+
+
+def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
     if not isinstance(value, Mapping):
-        raise _wrong("logit_bias", value, "a dict of token id to bias")
-    for i in value:
-        if not is_integer(i) or i < 0:
-            raise _wrong("a key of logit_bias", i, TOKEN_ID)
-    return {int(i): float(BIAS.check(f"logit_bias[{i}]", b) or 0) for i, b in value.items()}
+        raise _wrong(name, value, "a dict of token id to bias")
+    biases = {}
+    for key, bias in value.items():
+        i = _token_id(f"a key of {name}", key)
+        biases[i] = number(f"{name}[{i}]", bias, -100, 100, open_low=False, error=SamplingError)
+    return biases
+
+
+def _structured_outputs(name: str, value: Any) -> StructuredOutputs | None:
+    if value is not None and not isinstance(value, StructuredOutputs):
+        expected = "None or StructuredOutputs, for example StructuredOutputs(json=...)"
+        raise _wrong(name, value, expected)
+    return value
+
+
+_PENALTY = Numbers("a number from -2 to 2 (0: off)", -2, 2)
+_LOGPROBS = Numbers("None, an integer >= 0, or -1 (all)", -1, integer=True, optional=True)
+_SEED = Numbers("None or an integer from 0 to 2**64 - 1", 0, 2**64 - 1, integer=True, optional=True)
+_LENGTH = Numbers(
+    "None (the rest of the context) or an integer >= 1", 1, integer=True, optional=True
+)
+
+CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "n": Numbers("an integer >= 1", 1, integer=True).check,
+    "temperature": _temperature,
+    "top_p": Numbers("a number above 0, at most 1 (1: off)", 0, 1, above_low=True).check,
+    "top_k": Numbers("an integer >= 1, or 0 or -1 (off)", -1, integer=True).check,
+    "min_p": Numbers("a number from 0 (off) to 1", 0, 1).check,
+    "repetition_penalty": Numbers("a number above 0 (1: off)", 0, above_low=True).check,
+    "presence_penalty": _PENALTY.check,
+    "frequency_penalty": _PENALTY.check,
+    "seed": _SEED.check,
+    "stop": _stop,
+    "include_stop_str_in_output": _flag,
+    "stop_token_ids": _token_ids,
+    "ignore_eos": _flag,
+    "max_tokens": _LENGTH.check,
+    "min_tokens": Numbers("an integer >= 0", 0, integer=True).check,
+    "logprobs": _LOGPROBS.check,
+    "prompt_logprobs": _LOGPROBS.check,
+    "logit_bias": _logit_bias,
+    "bad_words": _bad_words,
+    "structured_outputs": _structured_outputs,
+    "forced_ids": _forced_ids,
+}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minqwen.checks import did_you_mean, wrong
 from minqwen.errors import SamplingError
+from minqwen.files import printable
 from minqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ def _check_schema(schema: Any, where: str) -> None:
     for word in schema:
         if word not in KEYWORDS:
             hint = did_you_mean(str(word), KEYWORDS)
-            raise SamplingError(f"{where}: keyword {word!r} is not supported: leave it out{hint}")
+            text = f"{where}: keyword {word!r} is not supported: leave it out{hint}"
+            raise SamplingError(printable(text))
     _check_values(schema, where)
     _check_numbers(schema, where)
     for part_where, part in _parts(schema, where):
@@ -131,7 +133,8 @@ def _check_values(schema: dict[str, Any], where: str) -> None:
     """const and enum may not hold a character that JSON can only spell as \\uXXXX."""
     values = json_library.dumps([schema.get("const"), schema.get("enum")], ensure_ascii=False)
     if re.search(r"(?<!\\)(\\\\)*\\u|\x7f", values):
-        raise SamplingError(f"{where}: const or enum holds a control character: not supported")
+        text = f"{where}: const or enum holds a control character: not supported"
+        raise SamplingError(printable(text))
 
 
 def _check_numbers(schema: dict[str, Any], where: str) -> None:

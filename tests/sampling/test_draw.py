@@ -99,6 +99,23 @@ def test_bad_words():
         assert sample(x, [make_row(p, [97], output, bad_words=words)])[0] == [token]
 
 
+def test_penalties_count_the_ids_that_come_between_two_steps():
+    x = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    row = make_row(SamplingParams(temperature=0, presence_penalty=1.5), prompt=[0, 0])
+    assert sample(x, [row])[0] == [0]  # presence_penalty looks at the output only
+    row.ids += [0, 1]
+    assert sample(x, [row])[0] == [0]  # 2.5, 1.5, 2, 1
+    row.ids.append(0)
+    assert sample(x, [row])[0] == [0]  # a second time costs nothing
+    row = make_row(SamplingParams(temperature=0, frequency_penalty=1.5), prompt=[0, 0])
+    row.ids += [0, 1, 0]
+    assert sample(x, [row])[0] == [2]  # 1, 1.5, 2, 1
+    row = make_row(SamplingParams(temperature=0, repetition_penalty=3.0), prompt=[0])
+    assert sample(x, [row])[0] == [1]
+    row.ids.append(1)
+    assert sample(x, [row])[0] == [2]
+
+
 def test_min_tokens_holds_the_end_back():
     x = torch.zeros(1, 10)
     x[0, [3, 4, 5]] = torch.tensor([3.0, 2.0, 1.0])

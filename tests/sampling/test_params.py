@@ -1,5 +1,9 @@
 """Sampling parameters: what they become, and how a wrong one is told."""
 
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +74,21 @@ def test_a_bad_field_is_named_in_one_line(name, value):
         SamplingParams(**{name: value})
     message = str(error.value)
     assert name in message and "expected" in message and "\n" not in message
+
+
+def test_a_name_that_is_no_field_is_told_with_the_nearest():
+    with pytest.raises(SamplingError, match="no field 'temprature'; did you mean 'temperature'?"):
+        SamplingParams(temprature=0)
+    with pytest.raises(SamplingError, match="no field 'zzz': expected one of n, temperature, "):
+        SamplingParams(zzz=1)
+    with pytest.raises(SamplingError, match="did you mean 'max_tokens'"):
+        SamplingParams.from_defaults(GenerationDefaults(), max_token=3)
+
+
+def test_params_can_be_copied_and_pickled():
+    p = SamplingParams(stop="x", logit_bias={3: 1.0})
+    assert pickle.loads(pickle.dumps(p)) == copy.deepcopy(p) == p
+    assert dataclasses.replace(p, seed=4) == SamplingParams(stop="x", logit_bias={3: 1.0}, seed=4)
 
 
 def test_every_field_has_a_bad_value_in_this_test():

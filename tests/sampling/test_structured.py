@@ -158,6 +158,16 @@ SCHEMAS = {
 }
 
 
+def test_only_what_the_regex_allows_may_come_next(compiler, tokenizer):
+    a, b = tokenizer.token_to_id("a"), tokenizer.token_to_id("b")
+    constraint = compiler.constraint(StructuredOutputs(regex="ab"))
+    assert constraint.mask()[a] and not constraint.mask()[[b, END]].any()
+    constraint.accept(a)
+    assert constraint.mask().nonzero()[:, 0].tolist() == [b]
+    constraint.accept(b)
+    assert constraint.finished
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_what_finishes_validates(compiler, tokenizer, name):
     spec, finished = StructuredOutputs(json=SCHEMAS[name]), 0
@@ -295,6 +305,7 @@ def test_special_tokens_only_end_and_only_a_complete_text(compiler, tokenizer):
         (dict(regex="a", choice=["b"]), "regex and choice"),
         (dict(json_object=False), "no field"),
         (dict(json_object="yes"), "json_object"),
+        (dict(json_object=0), "json_object is 0"),
         (dict(json="{"), "json is not JSON"),
         (dict(json="[]"), "json"),
         (dict(json=5), "json"),
@@ -313,12 +324,16 @@ def test_special_tokens_only_end_and_only_a_complete_text(compiler, tokenizer):
         ),
         (dict(json={"x-guidance": {"lenient": True}}), "'x-guidance'"),
         (dict(json={"frobnicate": 1}), "'frobnicate'"),
+        (dict(json={"requierd": ["a"]}), "did you mean 'required'?"),
+        (dict(json={1: "a"}), "keyword 1"),
+        (dict(json={"properties": {"a\n": {"not": 1}}}), "a\\n: keyword 'not'"),
         (
             dict(json={"type": "integer", "minimum": 3, "exclusiveMinimum": True}),
             "exclusiveMinimum",
         ),
         (dict(json={"multipleOf": 0.1}), "multipleOf"),
         (dict(json={"minProperties": 2}), "minProperties"),
+        (dict(json={"minProperties": 2, "required": 5}), "minProperties"),
         (dict(json={"items": [{}]}), "items"),
         (dict(json={"properties": []}), "properties"),
         (dict(json={"anyOf": {}}), "anyOf"),
