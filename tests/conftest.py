@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # the oracle, transformers, has nothing to ask the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, and a process of tests for each core
+# The oracle, transformers, has nothing to ask the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tensors are small, and there is a process of tests for each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support.paths import EMBEDDED
 
 from minqwen import Qwen2, Tokenizer
+
+# hypothesis looks at the clock, and a loaded machine may be slow.
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 
 @pytest.fixture(scope="session")

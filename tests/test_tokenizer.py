@@ -1,5 +1,6 @@
 """The tokenizer against golden ids, transformers and sentencepiece; chat templates, also hostile ones."""
 
+import contextlib
 import gc
 import hashlib
 import io
@@ -33,7 +34,9 @@ CHATS = json.loads((DATA / "chat_golden.json").read_text(encoding="utf-8"))
 ALPHABET = {symbol: id for id, symbol in enumerate(ByteLevelBPE.alphabet)}
 USER = [{"role": "user", "content": "hi"}]
 FUZZ = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 POSIX = pytest.mark.skipif(os.name != "posix", reason="the kernel's limits are POSIX")
 
@@ -219,13 +222,14 @@ def test_half_characters_wait(qwen):
     assert decoder.push(ids[:-1]) == "" and decoder.flush() == "\ufffd"
 
 
-def test_incremental_decoding_is_linear(qwen):
-    """Broken bytes that never form a character, the worst case of decoders that decode their tail again."""
+def test_incremental_decoding_reads_every_token_once(qwen, monkeypatch):
+    """Broken bytes never form a character. A decoder that waits for one decodes its tail again and
+    again."""
+    read, token_bytes = [], qwen.token_bytes
+    monkeypatch.setattr(qwen, "token_bytes", lambda id: read.append(id) or token_bytes(id))
     decoder, broken = qwen.decoder(), qwen.token_to_id("Ģ")  # the byte 0x80
-    start = time.process_time()
-    for _ in range(100_000):
-        decoder.push(broken)
-    assert time.process_time() - start < 5
+    assert all(decoder.push(broken) == "\ufffd" for _ in range(10_000))
+    assert decoder.flush() == "" and read == [broken] * 10_000
 
 
 def test_untrusted_text_holds_no_special_tokens(either):
@@ -490,7 +494,10 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031645\n
         (edited("tokenizer.json", model__merges=["x y z"]), "tokenizer.json: damaged"),
         (two_tokens_one_id, "ids are not 0 to"),
         (broken("tokenizer_config.json", "{"), "tokenizer_config.json: is not valid JSON"),
-        (broken("tokenizer_config.json", "[]"), "tokenizer_config.json: the top level is [], expected a JSON object"),
+        (
+            broken("tokenizer_config.json", "[]"),
+            "tokenizer_config.json: the top level is [], expected a JSON object",
+        ),
         (broken("tokenizer_config.json", LFS), "git lfs pull"),
         (edited("tokenizer_config.json", eos_token="<nope>"), "eos_token is '<nope>'"),
         (edited("tokenizer_config.json", pad_token=7), "pad_token is 7"),
@@ -798,16 +805,13 @@ def renderer() -> ChatRenderer:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_hostile_templates_end_in_one_line(renderer, name):
     assert renderer.render("{{ 6 * 7 }}", {}) == "42"  # also after the attack before this one
-    process = psutil.Process(renderer._process.pid)
-    start, used = time.perf_counter(), sum(process.cpu_times()[:2])
-    spent = sum(os.times()[2:4])  # of ended children
     with pytest.raises(TokenizerError) as error:
         renderer.render(ATTACKS[name], {"messages": USER})
-    elapsed = time.perf_counter() - start
-    spent = sum(os.times()[2:4]) - spent or sum(process.cpu_times()[:2])
-    assert spent - used < 1 and elapsed < 25, (spent, used, elapsed)  # on a busy machine
     text = one_line(error)
-    assert "root:" not in text and "ended with status" not in text
+    assert "root:" not in text
+    # A process that its limit of processor time or memory does not end is ended by the asker, after
+    # CLOCK_SECONDS, and then the line says this.
+    assert "ended with status" not in text
 
 
 @POSIX
@@ -845,7 +849,7 @@ def test_threads_share_one_tokenizer(qwen):
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(12)]
     [thread.start() for thread in threads]
-    [thread.join(60) for thread in threads]
+    [thread.join() for thread in threads]
     assert "processor time" in results.pop(3) and len(results) == 11
     assert all(f"user\nn{n}<|im_end|>" in text for n, text in results.items())
 
@@ -855,16 +859,21 @@ def test_an_interrupted_render_leaves_no_stale_answer():
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    others = psutil.Process().children()
     renderer = ChatRenderer()
     renderer.render("warm", {})
+    (process,) = (p for p in psutil.Process().children() if p not in others)
+    process.suspend()  # no answer can come before the interrupt
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
-            renderer.render(ENDLESS.replace("99999", "3000") + "stale", {})
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            renderer.render("stale", {})
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.resume()
     assert renderer.render("fresh", {}) == "fresh"
 
 
@@ -880,14 +889,17 @@ def test_a_killed_parent_leaves_no_process():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    pid, deadline = int(done.stdout), time.time() + 10
+    pid, give_up = int(done.stdout), time.monotonic() + 300
 
-    def alive() -> bool:
-        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    def ended() -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
-    while alive() and time.time() < deadline:
+    while not ended() and time.monotonic() < give_up:
         time.sleep(0.05)
-    assert not alive()
+    assert ended()
 
 
 def test_a_renderer_that_cannot_start(tiny, monkeypatch):
