@@ -61,9 +61,8 @@ def check_regular(path: Path, error: type[MinqwenError]) -> Stamp:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise _bad(
-                path, "is not a regular file, expected the file itself or a link to it", error
-            )
+            text = "is not a regular file, expected the file itself or a link to it"
+            raise _bad(path, f"{text}; put the file there", error)
         with open(path, "rb") as file:
             start = file.read(len(GIT_LFS))
     except OSError as e:
