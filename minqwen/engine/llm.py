@@ -167,7 +167,9 @@ class LLM:
         request_id = self.add_request(prompt, sampling_params, **options)
         mailbox = self._mailboxes[request_id] = []
         try:
-            while mailbox or request_id in self.core.requests:  # not if somebody aborts it
+            while mailbox or (
+                self._reads(request_id, mailbox) and request_id in self.core.requests
+            ):
                 if not mailbox:
                     self._advance()
                     continue
@@ -176,7 +178,8 @@ class LLM:
                     raise MinqwenError(delta.output.error)
                 yield delta
         finally:
-            self.abort(request_id)
+            if self._reads(request_id, mailbox):
+                self.abort(request_id)
 
     def chat(
         self,
@@ -289,6 +292,13 @@ class LLM:
         """One step of the core; every delta goes to whoever waits for it."""
         for delta in self.core.step():
             self._mailboxes.get(delta.request_id, self._unread).append(delta)
+
+    def _reads(self, request_id: str, mailbox: list[Delta]) -> bool:
+        """Whether `mailbox` still gets the request's deltas.
+
+        It does not once somebody has aborted the request; its id may then be another request's.
+        """
+        return self._mailboxes.get(request_id) is mailbox
 
     def _finish_all(
         self, mailbox: list[Delta], count: int, use_tqdm: bool
