@@ -1,0 +1,47 @@
+"""Golden ids, a tiny tokenizer and what tests of the tokenizer share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+from minqwen.errors import TokenizerError
+from minqwen.tokenizer_backends import ByteLevelBPE
+from support.paths import DATA
+
+TOKENIZER_DATA = DATA / "tokenizer"
+GOLDEN = json.loads((TOKENIZER_DATA / "golden.json").read_text(encoding="utf-8"))
+CHATS = json.loads((TOKENIZER_DATA / "chat_golden.json").read_text(encoding="utf-8"))
+ALPHABET = {symbol: id for id, symbol in enumerate(ByteLevelBPE.alphabet)}
+USER = [{"role": "user", "content": "hi"}]
+FUZZ = settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def tiny_json(path: Path, specials=("<|im_end|>",), post_processor=None, **config) -> Path:
+    """A byte-level tokenizer.json of the 256 bytes, three merges and some special tokens."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocab = {**ALPHABET, "he": 256, "ll": 257, "hell": 258}
+    library = Library(models.BPE(vocab=vocab, merges=[("h", "e"), ("l", "l"), ("he", "ll")]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(list(specials))
+    if post_processor:
+        library.post_processor = post_processor
+    path.mkdir(exist_ok=True)
+    library.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert isinstance(error.value, TokenizerError) and "\n" not in text and 10 < len(text) < 700
+    return text

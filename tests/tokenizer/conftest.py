@@ -1,0 +1,78 @@
+"""Qwen2.5's tokenizer, once from each of its two kinds of files, and as transformers has it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import shutil
+from pathlib import Path
+
+import pytest
+from support.tokenizer import (
+    ALPHABET,
+    TOKENIZER_DATA,
+    tiny_json,
+)
+
+from minqwen.tokenizer import Tokenizer
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def vocab_dir(tmp_path_factory) -> Path:
+    """Qwen2.5 as vocab.json and merges.txt.
+
+    The vocabulary follows from the merges: the 256 bytes, then what each merge makes.
+    """
+    path = tmp_path_factory.mktemp("qwen_vocab")
+    merges = lzma.decompress((TOKENIZER_DATA / "merges.txt.xz").read_bytes()).decode()
+    vocab = dict(ALPHABET)
+    for line in merges.splitlines():
+        vocab.setdefault(line.replace(" ", ""), len(vocab))
+    compact = json.dumps(vocab, ensure_ascii=False, separators=(",", ":"))
+    # the published files'
+    assert sha256(merges) == "599bab54075088774b1733fde865d5bd747cbcc7a547c5bc12610e874e26f5e3"
+    assert sha256(compact) == "ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910"
+    (path / "vocab.json").write_text(compact, encoding="utf-8")
+    (path / "merges.txt").write_text(merges, encoding="utf-8")
+    shutil.copy(TOKENIZER_DATA / "tokenizer_config.json", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hf(vocab_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(vocab_dir)
+
+
+@pytest.fixture(scope="session")
+def json_dir(hf, tmp_path_factory) -> Path:
+    """Qwen2.5 as the tokenizer.json and chat_template.jinja that transformers writes."""
+    path = tmp_path_factory.mktemp("qwen_json")
+    hf.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def from_vocab(vocab_dir) -> Tokenizer:
+    return Tokenizer.from_dir(vocab_dir)
+
+
+@pytest.fixture(scope="session")
+def qwen(json_dir) -> Tokenizer:
+    return Tokenizer.from_dir(json_dir)
+
+
+@pytest.fixture(params=["qwen", "from_vocab"])
+def either(request) -> Tokenizer:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Tokenizer:
+    return Tokenizer.from_dir(tiny_json(tmp_path / "tiny", eos_token="<|im_end|>"))
