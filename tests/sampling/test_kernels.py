@@ -74,6 +74,15 @@ def test_the_ends_of_the_interval_never_draw_what_is_impossible(u):
                 assert token == draw(warp(row, p), u)
 
 
+def test_top_p_at_exact_thresholds_keeps_what_the_definition_keeps():
+    """i of n equal tokens have exactly top_p: the highest u draws the last of those that stay."""
+    for n in (2, 3, 4, 5, 10, 64, 200):
+        params = [SamplingParams(top_p=i / n) for i in range(1, n + 1)]
+        x, u = torch.zeros(n, n), 1 - 2.0**-53
+        assert draw_many(x, params, [u] * n) == [draw(warp(x[0], p), u) for p in params]
+        assert draw_many(x, params, [u] * n) == list(range(n))
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(

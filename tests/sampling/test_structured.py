@@ -159,12 +159,14 @@ SCHEMAS = {
 
 
 def test_only_what_the_regex_allows_may_come_next(compiler, tokenizer):
-    a, b = tokenizer.token_to_id("a"), tokenizer.token_to_id("b")
-    constraint = compiler.constraint(StructuredOutputs(regex="ab"))
-    assert constraint.mask()[a] and not constraint.mask()[[b, END]].any()
-    constraint.accept(a)
-    assert constraint.mask().nonzero()[:, 0].tolist() == [b]
-    constraint.accept(b)
+    def allowed():
+        return {tokenizer.id_to_token(i) for i in constraint.mask().nonzero()[:, 0].tolist()}
+
+    constraint = compiler.constraint(StructuredOutputs(regex="[0-9]a?"))
+    assert allowed() == set("0123456789")
+    constraint.accept(tokenizer.token_to_id("7"))
+    assert allowed() == {"a", "<|endoftext|>", "<|im_end|>"}
+    constraint.accept(tokenizer.token_to_id("a"))
     assert constraint.finished
 
 
@@ -296,6 +298,14 @@ def test_special_tokens_only_end_and_only_a_complete_text(compiler, tokenizer):
     assert (
         not inside.mask()[[END, IM_END]].any() and inside.mask()[IM_END + 1]
     )  # <tool_call> is text
+
+
+def test_a_stop_token_is_no_text_even_where_the_grammar_has_it(compiler, tokenizer):
+    seven, eight = tokenizer.token_to_id("7"), tokenizer.token_to_id("8")
+    constraint = compiler.constraint(StructuredOutputs(regex="[0-9]{2}"), stop_token_ids=[seven])
+    assert constraint.mask()[eight] and not constraint.mask()[seven]
+    with pytest.raises(SamplingError, match=f"token {seven} does not fit"):
+        constraint.accept(seven)
 
 
 @pytest.mark.parametrize(
