@@ -1,5 +1,7 @@
 """A user's mistake, told in one line: what is wrong, where, what was expected, what to do."""
 
+from __future__ import annotations
+
 
 class MinqwenError(ValueError):
     """Base of every error a user can cause. Command lines print it as one line and exit with 2."""
