@@ -16,7 +16,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from minqwen.cli import check_writable, run
+from minqwen.cli import Parser, check_writable, run
 from minqwen.lab.peak_memory import (
     LONG,
     VALIDATION,
@@ -73,16 +73,14 @@ def draw(rows: list[Row], file: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--validate", action="store_true", help="other shapes instead of long contexts"
     )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default 1")
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--json", metavar="FILE", help="write what is printed")
-    args = parser.parse_args()
+    args: argparse.Namespace = parser.parse_args()
     if args.plot:
         check_writable(args.plot, "--plot")
     if args.json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from minqwen.cli import EMBEDDED, run
+from minqwen.cli import EMBEDDED, Parser, run
 from minqwen.config import BYTES_PER_ELEMENT
 from minqwen.lab.golden import fingerprint
 from minqwen.parallel import Mesh
@@ -26,11 +26,8 @@ def print_fingerprints(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("fingerprint", help="print the SHA-256 of exact logits")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_command("fingerprint", help="print the SHA-256 of exact logits")
     command.set_defaults(do=print_fingerprints)
     command.add_argument(
         "model", nargs="?", default=EMBEDDED, help="a safetensors directory (default: the embedded)"
@@ -45,7 +42,8 @@ def parse_args() -> argparse.Namespace:
     command.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: GPUs if there is one for each rank"
     )
-    return parser.parse_args()
+    args: argparse.Namespace = parser.parse_args()
+    return args
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minqwen.cli import check_writable, run
+from minqwen.cli import Parser, check_writable, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import MinqwenError, ParallelError
 from minqwen.lab.planner import CAPACITIES, CARDS, GB, QUANTIZATIONS, Card, Estimate, Fit, Planner
@@ -68,9 +68,7 @@ class Refused:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = parser.add_mutually_exclusive_group(required=True)
     shape.add_argument("model", nargs="?", help="a model's directory, or its config.json")
     shape.add_argument("--size", choices=SIZES, help="an official Qwen2.5 size")
@@ -80,7 +78,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--plot", metavar="FILE", help="memory against context as .svg, .png or .pdf"
     )
-    return parser.parse_args()
+    args: argparse.Namespace = parser.parse_args()
+    return args
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:

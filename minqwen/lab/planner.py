@@ -45,9 +45,9 @@ CARDS = {  # NVIDIA's figures, halved where they are given "with sparsity"
 }
 
 PACKINGS = {  # groups of 128 inputs: what the official Qwen2.5 checkpoints are packed in
-    "awq": Packing("awq", 4, 128, 0, False),
-    "gptq": Packing("gptq", 4, 128, 1, False),
-    "gptq-int8": Packing("gptq", 8, 128, 1, False),
+    "awq": Packing("awq", bits=4, group=128, offset=0, act_order=False),
+    "gptq": Packing("gptq", bits=4, group=128, offset=1, act_order=False),
+    "gptq-int8": Packing("gptq", bits=8, group=128, offset=1, act_order=False),
 }
 QUANTIZATIONS = ("none", "int8", *PACKINGS)  # int8: a byte per weight and one scale per output
 

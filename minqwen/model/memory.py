@@ -19,10 +19,11 @@ import torch
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.model.attention import tile_rows
 from minqwen.model.batch import spans
+from minqwen.model.rope import table_length
 from minqwen.parallel import kv_heads_per_rank, vocab_rows_per_rank
 
 Lengths = tuple[int, ...]  # tokens of each sequence
-ID_BYTES = 8  # token ids, positions, slots and numbers of blocks are int64
+ID_BYTES = 8  # token ids, and all numbers in a Batch, are int64
 
 
 def block_bytes(config: ModelConfig, size: int, block_size: int, dtype: str) -> int:
@@ -114,8 +115,8 @@ class _Step:
 
     @property
     def rotary_rows(self) -> int:
-        """Positions in the rotary table: the next power of two, as `Qwen2.rotary` makes it."""
-        return 1 << (max(self.context_lens) - 1).bit_length()
+        """Positions in the rotary table."""
+        return table_length(max(self.context_lens))
 
     # ---- what is held all the time
 
@@ -124,10 +125,12 @@ class _Step:
         return 2 * self.rotary_rows * self.config.head_dim * self.item
 
     def batch(self) -> int:
-        """ids, positions, slots and logits_at; block tables; cos and sin of the step's tokens."""
-        blocks = self.B * -(-max(self.context_lens) // self.block_size)
+        """ids, and the tensors of `Batch`; cos and sin of the step's tokens."""
+        of_tokens = 4 * self.T  # ids, positions, slots; logits_at, at most so many
+        of_sequences = 2 * self.B + 1  # query_starts and context_lengths
+        block_tables = self.B * -(-max(self.context_lens) // self.block_size)
         cos_and_sin = 2 * self.T * self.config.head_dim * self.item
-        return ID_BYTES * (4 * self.T + blocks) + cos_and_sin
+        return ID_BYTES * (of_tokens + of_sequences + block_tables) + cos_and_sin
 
     def gathered(self) -> int:
         """The cache's buffer for the keys and values that one span reads; it stays."""

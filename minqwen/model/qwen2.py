@@ -100,8 +100,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap: Tap
     ) -> Tensor:
-        projected = self.ops.project(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        # No name for the three together: it would keep q and k alive after their rotation.
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim))
+            for y in self.ops.project(x, self.q_proj, self.k_proj, self.v_proj)
+        )
         q = tap("attn.q", q)  # [T, H, d]
         k = tap("attn.k", k)  # [T, K, d]
         v = tap("attn.v", v)  # [T, K, d]
