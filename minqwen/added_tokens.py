@@ -26,6 +26,7 @@ def finder(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def without_marks(text: str) -> str:
+    """The text as its author wrote it."""
     return text.replace(OPEN, "").replace(CLOSE, "")
 
 

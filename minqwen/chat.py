@@ -101,5 +101,6 @@ def _without_none(message: Message) -> Message:
 
 
 def check_tools(tools: Any) -> None:
+    """TokenizerError unless it is a list or None."""
     if not isinstance(tools, (list, tuple, type(None))):
         raise TokenizerError(f"tools must be a list of JSON schemas, not {type(tools).__name__}")

@@ -27,7 +27,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if __name__ != "__main__":  # as a script this file has no package around it
     from minqwen.errors import TokenizerError
@@ -200,7 +200,8 @@ def _public_namespace() -> type[Any]:
     class PublicNamespace(Namespace):
         """A namespace without names that begin with an underscore.
 
-        Python calls methods such as __del__ or __str__ by itself on whatever object it is given.
+        Python code that is given an object may look for such names and call what it finds, as
+        markupsafe does with __html__.
         """
 
         # There is no parameter `self`, because namespace(self=1) is a legal template.
@@ -228,7 +229,7 @@ def _tojson(
     )
 
 
-def _raise_exception(message: str) -> None:
+def _raise_exception(message: str) -> NoReturn:
     from jinja2.exceptions import TemplateError
 
     raise TemplateError(message)

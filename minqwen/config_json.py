@@ -96,6 +96,7 @@ def _missing(source: str, key: str, expected: str) -> ConfigError:
 
 
 def check_model_type(source: str, model_type: Any) -> None:
+    """ConfigError unless it is "qwen2", or "llama", under which the same function may go."""
     one_of(
         f"{source}: model_type",
         model_type,

@@ -226,6 +226,7 @@ class Tokenizer:
         return decoder.push(ids) + decoder.flush()
 
     def decoder(self, skip_special_tokens: bool = False) -> IncrementalDecoder:
+        """A decoder for one text, whose tokens arrive one by one."""
         return IncrementalDecoder(self, skip_special_tokens)
 
     def token_bytes(self, id: int) -> bytes:

@@ -105,6 +105,7 @@ class ByteLevelBPE:
 
     @classmethod
     def from_json(cls, path: Path) -> ByteLevelBPE:
+        """From a tokenizer.json, which says all of it."""
         data = read_small(path, TokenizerError)
         backend = cls(_made_from(path, lambda: tokenizers.Tokenizer.from_buffer(data)), path)
         if any(backend.library.id_to_token(id) is None for id in range(backend.size)):
