@@ -1,32 +1,23 @@
-"""A safetensors directory becomes a model, each rank reading only its slices."""
+"""A directory of weight files becomes a model, each rank reading only its slices."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from minqwen.checkpoint.offload import LayerStream, check_offload, is_layer
+from minqwen.checkpoint.offload import OFFLOADS, LayerStream, is_layer
 from minqwen.checkpoint.reader import Checkpoint
+from minqwen.checkpoint.weight_files import WEIGHT_DTYPES
+from minqwen.checks import did_you_mean
+from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
-from minqwen.model import Exact, Qwen2
-from minqwen.parallel import SINGLE, Mesh, check_degree, shard
+from minqwen.model import ARITHMETICS, Exact, Native, Qwen2
+from minqwen.parallel import SINGLE, Mesh, Shard, check_degree, shard
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-
-
-def resolve_dtype(dtype: str | torch.dtype, config) -> torch.dtype:
-    """ "auto" is the checkpoint's own; else a name or a torch dtype."""
-    name = config.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES.values()}
 
 
 def load_pretrained(
@@ -34,62 +25,155 @@ def load_pretrained(
     *,
     dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
-    arithmetic: str = "native",
+    arithmetic: str | Native = "native",
     mesh: Mesh = SINGLE,
     check_finite: bool = False,
     progress: bool = False,
     offload: str | None = None,
-):
+) -> Qwen2:
     """The model in `path`, a directory with config.json and safetensors files, on this rank.
 
-    dtype: of weights, activations and logits; "auto" is config.json's. device: default the mesh's. arithmetic:
-    see model/arithmetic.py. check_finite: scan all weights for NaN and infinity first. progress: a bar, on rank 0.
-    offload: for a device that is too small, its layers' weights stay in main "memory" (pinned, for a GPU) or on
-    "disk" and come when they are needed, in every step. At no time is more than this rank's weights and one tensor
-    held. Raises CheckpointError, ConfigError, ParallelError, before any weight is read where that can be known before.
+    dtype: of weights, activations and logits; "auto" is config.json's. device: default the mesh's.
+    arithmetic: see model/arithmetic.py. check_finite: scan all weights for NaN and infinity first.
+    progress: a bar, on rank 0. offload: for a device that is too small, the layers' weights stay in
+    main "memory" (pinned, for a GPU) or on "disk" and come when they are needed, in every step.
+    At no time is more than this rank's weights and one tensor held. Raises CheckpointError,
+    ConfigError, ParallelError, before any weight is read where that can be known before.
     """
-    check_offload(offload)
+    check_options(dtype=dtype, device=device, arithmetic=arithmetic, offload=offload)
     checkpoint = Checkpoint(path)
     config = checkpoint.config
     check_degree(config, mesh.size)
     checkpoint.check()
     if check_finite:
         checkpoint.check_finite()
-    dtype, device = resolve_dtype(dtype, config), device or mesh.device
-    bar = tqdm(
-        total=len(checkpoint.names),
-        desc="loading",
-        unit="tensor",
-        leave=False,
-        disable=None if progress and mesh.rank == 0 else True,
-    )
-
-    def read(name, mine):
-        bar.update()
-        return checkpoint.read(name, mine, dtype, device)
-
-    options = {"dtype": dtype, "device": device, "mesh": mesh}
-    with bar:
-        if offload is None:
-            return Qwen2.from_tensors(config, read, arithmetic=arithmetic, **options)
-        ops = (
-            Exact(widen=False) if arithmetic == "exact" else arithmetic
-        )  # what comes and goes is kept narrow
-        model = Qwen2.from_tensors(
-            config, read, only=lambda name: not is_layer(name), arithmetic=ops, **options
+    where = torch.device(mesh.device if device is None else device)
+    reader = _RankReader(checkpoint, resolve_dtype(dtype, config), mesh, progress)
+    with reader.bar:
+        if offload is not None:
+            return _load_offloaded(reader, where, arithmetic, offload)
+        return Qwen2.from_tensors(
+            config,
+            lambda name, mine: reader.read(name, mine, where),
+            arithmetic=arithmetic,
+            dtype=reader.dtype,
+            device=where,
+            mesh=mesh,
         )
 
-        def fetch(name, out=None):
-            return checkpoint.read(name, shard(name, config, mesh.rank, mesh.size), dtype, out=out)
 
-        if offload == "memory":
-            held, pin = {}, torch.device(device).type == "cuda"
-            for name in filter(is_layer, config.parameter_shapes()):
-                bar.update()
-                held[name] = fetch(name).pin_memory() if pin else fetch(name)
+# ---- options ------------------------------------------------------------------------------------
 
-            def fetch(name, out=None):
-                return held[name]
 
-        LayerStream(model, fetch, device)
+def check_options(
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str | None = None,
+    arithmetic: str | Native = "native",
+    offload: str | None = None,
+) -> None:
+    """Raise ConfigError for a value that `load_pretrained` cannot take. Opens no file."""
+    if dtype != "auto":
+        _dtype_named(dtype)
+    if device is not None:
+        _check_device(device)
+    if not isinstance(arithmetic, Native):
+        _check_choice("arithmetic", arithmetic, list(ARITHMETICS))
+    if offload is not None:
+        _check_choice("offload", offload, ["None", *OFFLOADS])
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    """ "auto" is the checkpoint's own; else a name or a torch dtype. Raises ConfigError."""
+    return _dtype_named(config.dtype if dtype == "auto" else dtype)
+
+
+def _dtype_named(dtype: str | torch.dtype) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    _check_choice("dtype", name, ["auto", *DTYPES])
+    return DTYPES[name]
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Refuse what torch does not know, and a GPU that this machine does not have."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        # "cpu" would be closest to "gpu" in spelling.
+        gpu = str(device).lower().startswith("gpu")
+        meant = "; did you mean 'cuda'?" if gpu else did_you_mean(str(device), ["cpu", "cuda"])
+        raise ConfigError(f"device is {device!r}, expected 'cpu' or 'cuda'{meant}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {str(device)!r}, but this machine has {torch.cuda.device_count()} GPUs "
+            "that torch can use, expected one of them or 'cpu'"
+        )
+
+
+def _check_choice(option: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        names = " or ".join(map(repr, choices)).replace("'None'", "None")
+        raise ConfigError(
+            f"{option} is {value!r}, expected {names}{did_you_mean(str(value), choices)}"
+        )
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+class _RankReader:
+    """Reads this rank's slices of a checkpoint in the model's dtype, and counts them on a bar."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh, progress: bool
+    ) -> None:
+        self.checkpoint, self.dtype, self.mesh = checkpoint, dtype, mesh
+        self.config = checkpoint.config
+        self.bar = tqdm(
+            total=len(checkpoint.names),
+            desc="loading",
+            unit="tensor",
+            leave=False,
+            disable=None if progress and mesh.rank == 0 else True,
+        )
+
+    def read(self, name: str, mine: Shard | None, device: torch.device | str) -> Tensor:
+        """A parameter's slice, on the device."""
+        self.bar.update()
+        return self.checkpoint.read(name, mine, self.dtype, device)
+
+    def fetch(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A parameter's slice in main memory, in `out` if that is given."""
+        mine = shard(name, self.config, self.mesh.rank, self.mesh.size)
+        return self.checkpoint.read(name, mine, self.dtype, out=out)
+
+    def fetch_layers(self, pin: bool) -> dict[str, Tensor]:
+        """All layers' slices in main memory, pinned if a GPU is to copy them while it computes."""
+        held = {}
+        for name in filter(is_layer, self.config.parameter_shapes()):
+            self.bar.update()
+            held[name] = self.fetch(name).pin_memory() if pin else self.fetch(name)
+        return held
+
+
+def _load_offloaded(
+    reader: _RankReader, device: torch.device, arithmetic: str | Native, offload: str
+) -> Qwen2:
+    """The model with everything but its layers on the device; the layers stream in."""
+    if arithmetic == "exact":
+        arithmetic = Exact(widen=False)  # what comes and goes is kept narrow
+    model = Qwen2.from_tensors(
+        reader.config,
+        lambda name, mine: reader.read(name, mine, device),
+        only=lambda name: not is_layer(name),
+        arithmetic=arithmetic,
+        dtype=reader.dtype,
+        device=device,
+        mesh=reader.mesh,
+    )
+    if offload == "disk":
+        LayerStream(model, reader.fetch, device)
         return model
+    held = reader.fetch_layers(pin=device.type == "cuda")
+    LayerStream(model, lambda name, out: held[name], device)
+    return model

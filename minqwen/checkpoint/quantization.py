@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import torch
-
-from minqwen.checkpoint import reader
-from minqwen.checkpoint.reader import Checkpoint
+from minqwen.checkpoint.reader import WeightDirectory
+from minqwen.checkpoint.weight_files import PACKED_DTYPES
 from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError
+from minqwen.files import quoted
 
 REQUANTISE = "extend the unquantised checkpoint and quantise that"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")  # those of the attention, which has heads
+
+# quant_method -> the forms that are read, each with its number of bits
+_KNOWN = {
+    "awq": (("gemm", 4),),
+    "gptq": (("gptq", 4), ("gptq", 8), ("gptq_v2", 4), ("gptq_v2", 8)),
+}
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How numbers lie in words. offset: what GPTQ v1 subtracts from a zero point before it stores it.
-    act_order (desc_act): inputs belong to groups in any order, so that a group of o spans heads."""
+    """How the numbers of a quantised linear layer lie in words.
+
+    Linear(in, out) of b bits holds 32/b numbers in each int32 word. G is the number of groups of
+    inputs; the numbers of a group share a scale and a zero point:
+
+                qweight                    qzeros          scales     g_idx
+        AWQ     [in, out/8], along out     [G, out/8]      [G, out]   -
+        GPTQ    [in*b/32, out], along in   [G, out*b/32]   [G, out]   [in]
+
+    The weight of input i and output c is (q - z) * s. Both z and s are of group i // size in AWQ,
+    and of group g_idx[i] in GPTQ. (AutoAWQ's gemm.py, AutoGPTQ's qlinear_cuda_old.py.)
+
+    method: "awq" or "gptq". bits: b. group: inputs in a group; -1 is all of them. offset: what is
+    subtracted from a zero point before it is stored, 1 in GPTQ v1, else 0. act_order (desc_act):
+    inputs belong to groups in any order, so that a group of o_proj spans heads.
+    """
 
     method: str
     bits: int
@@ -27,35 +49,39 @@ class Packing:
     act_order: bool
 
     @classmethod
-    def read(cls, found: dict, source: object = "config.json") -> Packing:
-        """From config.json's quantization_config. Raises CheckpointError for what is not AWQ gemm or GPTQ."""
+    def read(cls, found: Mapping[str, Any], source: object = "config.json") -> Packing:
+        """From config.json's quantization_config.
+
+        Raises CheckpointError for what is not AWQ gemm or GPTQ; `source` is where it was found.
+        """
         method, bits, group = found.get("quant_method"), found.get("bits"), found.get("group_size")
         gptq = method == "gptq"
-        form = str(
-            found.get("checkpoint_format", "gptq") if gptq else found.get("version", "gemm")
-        ).lower()
-        known = {"awq": ["gemm 4"], "gptq": ["gptq 4", "gptq 8", "gptq_v2 4", "gptq_v2 8"]}
-        if f"{form} {bits!r}" not in known.get(str(method), ()):
+        form = found.get("checkpoint_format", "gptq") if gptq else found.get("version", "gemm")
+        form = str(form).lower()
+        if not isinstance(bits, int) or (form, bits) not in _KNOWN.get(str(method), ()):
             raise CheckpointError(
-                f"{source}: quantization_config is {method!r} {form!r} with {bits!r} bits, "
-                f"expected awq gemm with 4, or gptq or gptq_v2 with 4 or 8: {REQUANTISE}"
+                f"{source}: quantization_config is {quoted(method)} {quoted(form)} with "
+                f"{quoted(bits)} bits, expected awq gemm with 4, or gptq or gptq_v2 with 4 or 8: "
+                f"{REQUANTISE}"
             )
-        if type(group) is not int or group < 1 and group != -1:
+        if type(group) is not int or (group < 1 and group != -1):
             raise CheckpointError(
-                f"{source}: quantization_config.group_size is {group!r}, expected a number of "
-                "inputs, or -1; correct it"
+                f"{source}: quantization_config.group_size is {quoted(group)}, expected a number "
+                "of inputs, or -1; correct it"
             )
-        return cls(
-            method,
-            bits,
-            group,
-            int(gptq and form == "gptq"),
-            gptq and found.get("desc_act") is True,
-        )
+        act_order = gptq and found.get("desc_act") is True
+        return cls(str(method), bits, group, int(form == "gptq"), act_order)
 
     @property
     def pack(self) -> int:
+        """Numbers in a word."""
         return 32 // self.bits
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What files hold in the place of a `weight`; g_idx may be absent without act_order."""
+        names = ("qweight", "qzeros", "scales")
+        return (*names, "g_idx") if self.act_order else names
 
     def word(self, value: int) -> int:
         """One int32 that holds `value` everywhere."""
@@ -63,22 +89,23 @@ class Packing:
         return word - (1 << 32) if word >> 31 else word
 
     def shape(self, name: str, config: ModelConfig) -> tuple[int, ...] | None:
-        """What a tensor of the attention must have under `config`; None for other tensors."""
-        *_, module, projection, part = name.split(".")
-        if module != "self_attn":
+        """The shape that `config` gives to a tensor of the attention's projections.
+
+        () where there is no such tensor; None for the tensors of other modules.
+        """
+        module, _, part = name.rpartition(".")
+        projection = module.rpartition(".")[2]
+        if projection not in PROJECTIONS:
             return None
-        outputs = {"q_proj": config.q_size, "o_proj": config.hidden_size}.get(
-            projection, config.kv_size
-        )
-        inputs = config.q_size if projection == "o_proj" else config.hidden_size
+        inputs, outputs = config.hidden_size, config.kv_size
+        if projection == "q_proj":
+            outputs = config.q_size
+        elif projection == "o_proj":
+            inputs, outputs = config.q_size, config.hidden_size
         groups = 1 if self.group == -1 else -(-inputs // self.group)
-        words = (
-            (inputs, outputs // self.pack)
-            if self.method == "awq"
-            else (inputs // self.pack, outputs)
-        )
-        shapes = {
-            "qweight": words,
+        along_in, along_out = (inputs // self.pack, outputs), (inputs, outputs // self.pack)
+        shapes: dict[str, tuple[int, ...]] = {
+            "qweight": along_out if self.method == "awq" else along_in,
             "qzeros": (groups, outputs // self.pack),
             "scales": (groups, outputs),
             "g_idx": (inputs,),
@@ -88,61 +115,42 @@ class Packing:
         return shapes.get(part, ())
 
 
-class PackedCheckpoint(Checkpoint):
-    """A quantised checkpoint under the names in its files; reads as `Checkpoint` does, in bounded memory."""
+class PackedCheckpoint(WeightDirectory):
+    """A quantised checkpoint under the names in its files; reads in bounded memory."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        files = self._find_files()
-        reader.require_regular(self.path / "config.json")
-        self.config = ModelConfig.from_json(self.path)
-        if self.config.quantization_config is None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        found = self.config.quantization_config
+        if found is None:
             raise CheckpointError(
                 f"{path}: has no quantization_config, expected an AWQ or GPTQ checkpoint"
             )
-        self.packing = Packing.read(self.config.quantization_config, self.path / "config.json")
-        self._stamps = {file: reader.require_regular(self.path / file) for file in files}
-        self._tensors = {}
-        for file, listed in files.items():
-            self._read_header(file, listed)
-        self.names = list(self._tensors)
-
-    def _read_header(self, file: str, listed: set[str] | None) -> None:
-        types = reader.DTYPES | {"I32": torch.int32}
-        with self._opened(file) as f:
-            found = {name: f.get_slice(name) for name in f.keys()}
-            if listed is not None and listed != set(found):
-                raise CheckpointError(
-                    f"{self.path / file}: holds other tensors than {reader.INDEX} says, "
-                    "expected exactly those; fetch both again"
-                )
-            for name, at in found.items():
-                if at.get_dtype() not in types or not at.get_shape():
-                    raise CheckpointError(
-                        f"{self.path / file}: tensor {name} has dtype {at.get_dtype()} and "
-                        f"shape {at.get_shape()}, expected a vector or matrix of "
-                        f"{', '.join(types)}"
-                    )
-                self._tensors[name] = reader._Stored(
-                    file, name, types[at.get_dtype()], tuple(at.get_shape())
-                )
+        self.packing = Packing.read(found, self.path / "config.json")
+        self.check_dtypes(PACKED_DTYPES)
 
     def check(self) -> None:
-        """Every part of every attention is there, of the shape that config.json and the packing give."""
-        for name in self.names:
-            if (expected := self.packing.shape(name, self.config)) not in (None, self.shape(name)):
-                raise CheckpointError(
-                    f"{self.file(name)}: tensor {name} has shape {self.shape(name)}, expected "
-                    f"{expected or 'no such tensor'} from config.json; fix the one or the other"
-                )
-        packed = ("qweight", "qzeros", "scales", *(["g_idx"] if self.packing.act_order else []))
+        """Every part of every attention is there, in the shape that config and packing give."""
+        for name in self.tensors:
+            self._check_shape(name)
         for name in self.config.parameter_shapes():
-            stem, _, part = name.rpartition(".")
-            if ".self_attn." not in name or name in self._tensors:
-                continue
-            missing = [f"{stem}.{p}" for p in (packed if part == "weight" else (part,))]
-            if missing := [n for n in missing if n not in self._tensors]:
-                raise CheckpointError(
-                    f"{self.path}: tensor {missing[0]} is missing, expected every part of "
-                    f"{stem}; fetch the checkpoint again"
-                )
+            if ".self_attn." in name and name not in self.tensors:
+                self._check_parts(name)
+
+    def _check_shape(self, name: str) -> None:
+        expected = self.packing.shape(name, self.config)
+        if expected is not None and expected != self.shape(name):
+            raise CheckpointError(
+                f"{self.file(name)}: tensor {name} has shape {self.shape(name)}, expected "
+                f"{expected or 'no such tensor'} from config.json; fix the one or the other"
+            )
+
+    def _check_parts(self, name: str) -> None:
+        """The words that stand for a weight are there; nothing stands for a bias."""
+        module, _, part = name.rpartition(".")
+        parts = self.packing.parts if part == "weight" else (part,)
+        missing = [f"{module}.{p}" for p in parts if f"{module}.{p}" not in self.tensors]
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: tensor {missing[0]} is missing, expected every part of {module}; "
+                "fetch the checkpoint again"
+            )

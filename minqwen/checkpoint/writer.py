@@ -1,327 +1,319 @@
-"""Writes a checkpoint directory that transformers loads strictly, and never leaves half of one behind.
+"""Writes a checkpoint directory that transformers loads strictly, and never leaves half of one.
 
-All is known before the first tensor arrives: config.parameter_shapes() gives names, shapes and order, so
-shards, headers and index are laid out first and each tensor goes straight to its place. Tensors may come in
-any order, and one at a time is in memory.
-
-Atomicity: all is written to a sibling `.NAME.tmp-PID` and flushed to the disk. Then one system call puts it
-in place: rename, or Linux's renameat2(RENAME_EXCHANGE) where there is something to replace. Until that call,
-whatever happens (a full disk, a kill, a power cut), the old directory is as it was; after it, the new one is
-complete. What a killed writer leaves is removed by the next write to the same destination. Where the exchange
-does not exist (macOS, some network file systems) the old directory is first renamed to `.NAME.old-PID`: a
-kill between the two renames leaves it there, whole, and nothing at the destination.
+Names, shapes and order of all tensors are known before the first one arrives. So weight files,
+headers and index are laid out first, and each tensor goes straight to its place. Tensors may come
+in any order, and one at a time is in memory. The directory takes its place in one step
+(files.replacing_directory).
 """
 
-import ctypes
-import fcntl
-import glob
+from __future__ import annotations
+
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
-from minqwen.checkpoint.reader import (
-    DTYPES,
+from minqwen.checkpoint.reader import Checkpoint
+from minqwen.checkpoint.weight_files import (
     INDEX,
+    MAX_FILE_BYTES,
     SINGLE,
-    Checkpoint,
-    _bad,
-    _more,
-    _q,
-    require_regular,
+    WEIGHT_DTYPES,
+    FileLayout,
+    TensorSpec,
+    index_text,
+    lay_out_files,
 )
 from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError
+from minqwen.files import and_more, check_regular, quoted, replacing_directory
 
-MAX_SHARD_BYTES = 4 * 10**9
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_COMPANIONS = (
-    ".json",
-    ".jinja",
-    ".txt",
-    ".md",
-    ".model",
-    "",
-)  # tokenizer, template, licence: no weights
+NamedTensors: TypeAlias = Iterable[tuple[str, Tensor]]
+Content: TypeAlias = bytes | str | Callable[[], bytes | str]
+
+QUANTIZE_CONFIG = "quantize_config.json"  # AutoGPTQ's own: true only of packed weights
+
+# Suffixes of the tokenizer's files, templates, licences and the like: of no weights.
+_COMPANIONS = (".json", ".jinja", ".txt", ".md", ".model", "")
+_NOT_COPIED = re.compile(r"config\.json|adapter_config\.json|.*\.index\.json|\..*")
 _EXTRA = re.compile(r"(?!config\.json$|.*\.index\.json$|.*\.safetensors$)[\w-][\w.-]*")
-_NOT_COPIED = re.compile(
-    r"config\.json|quantize_config\.json|adapter_config\.json|.*\.index\.json|\..*"
-)
+_JOURNAL = ".written"  # names of the tensors that are on the disk, one a line
 
 
 def write_checkpoint(
-    dst: str | os.PathLike,
+    dst: str | os.PathLike[str],
     config: ModelConfig,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    sources: str | os.PathLike | None = None,
-    extra_files: Mapping[str, bytes | str | Callable[[], bytes | str]] | None = None,
+    tensors: NamedTensors | Callable[[set[str]], NamedTensors],
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    sources: str | os.PathLike[str] | None = None,
+    extra_files: Mapping[str, Content] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
-    omit: Iterable[str] = (),
+    omit: Collection[str] = (),
     resume: str | None = None,
 ) -> None:
-    """Writes config.json, the weight files, their index if there are several, and companion files.
+    """Write an unquantised checkpoint: `write_directory` with the tensors that `config` describes.
 
-    tensors      (name, tensor) pairs in any order, each of config.parameter_shapes() once and nothing else,
-                 in config.dtype, or in dtypes[name] where that is given (a checkpoint of mixed precision)
+    tensors: (name, tensor) pairs in any order, each of config.parameter_shapes() once and nothing
+    else, in config.dtype, or in dtypes[name] where that is given (a checkpoint of mixed precision).
+    The rest is as in `write_directory`, which says what raises.
+    """
+    write_directory(
+        dst,
+        config.to_dict(),
+        _specs(config, dtypes or {}),
+        tensors,
+        check=lambda directory: Checkpoint(directory).check(),
+        max_file_bytes=max_file_bytes,
+        sources=sources,
+        extra_files=extra_files,
+        omit=omit,
+        resume=resume,
+    )
+
+
+def write_directory(
+    dst: str | os.PathLike[str],
+    config_json: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    tensors: NamedTensors | Callable[[set[str]], NamedTensors],
+    *,
+    check: Callable[[Path], None],
+    max_file_bytes: int = MAX_FILE_BYTES,
+    sources: str | os.PathLike[str] | None = None,
+    extra_files: Mapping[str, Content] | None = None,
+    omit: Collection[str] = (),
+    resume: str | None = None,
+) -> None:
+    """Write config.json, the weight files, their index if there are several, and companion files.
+
+    specs        of all tensors, in the order in which they lie in the files
+    tensors      (name, tensor) pairs in any order, each of specs once
+    check        reads the finished directory back and raises, before anything is replaced
     sources      a directory whose tokenizer, generation_config and licence files are copied
-    extra_files  {plain file name: content}, over those; a function is asked when all tensors have come
+    extra_files  {plain file name: content}, over those; a function is asked when all tensors have
+                 come
     omit         names of files in sources that are not copied
-    resume       a name for this very content: a writer that was killed or interrupted, or filled the disk,
-                 leaves what it had, and the next with the same name goes on from there. tensors is then a
-                 function of the set of names that are written already, and gives the others
-    A dst that exists is replaced only if it is a checkpoint and nothing else. Raises CheckpointError, for
-    a tensor that does not fit, a dst that must not be replaced or a full disk; dst is then as it was.
+    resume       a name for exactly this content. A writer that is killed or interrupted, or that
+                 fills the disk, leaves what it has written, and the next one with the same name
+                 goes on from there. `tensors` is then a function of the set of names that are
+                 written already, and gives the others
+
+    A dst that exists is replaced only if it is a checkpoint and nothing else. Raises
+    CheckpointError, for a tensor that does not fit, a dst that must not be replaced or a full disk;
+    dst is then as it was.
     """
-    dst = Path(os.path.realpath(dst))  # what a link points to is replaced, not the link
-    plan = plan_shards(config, max_shard_bytes, dtypes or {})
-    for name in extra_files or {}:
-        if not _EXTRA.fullmatch(name):
-            raise _bad(
-                dst,
-                f"extra file {_q(name)} is refused, expected a plain file name that is not "
-                "config.json, a weight file or their index",
-            )
-    tmp = dst.parent / f".{dst.name}.tmp-{resume or os.getpid()}"
-    lock, keep = None, False
-    try:
-        _refuse_foreign(dst)
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(dst, keep=tmp)
-        need, free = sum(size for _, size, _ in plan.values()), shutil.disk_usage(dst.parent).free
-        if need > free and not tmp.exists():
-            raise _bad(dst, f"the disk has {free} bytes free, expected at least {need}; make room")
-        tmp.mkdir(exist_ok=resume is not None)
-        lock = os.open(tmp, os.O_RDONLY)
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # held exactly as long as this process lives: see _remove_stale
-        keep = resume is not None
+    destination = Path(os.path.realpath(dst))  # what a link points to is replaced, not the link
+    extra_files = extra_files or {}
+    files = lay_out_files(specs, max_file_bytes)
+    _check_extra_names(destination, extra_files)
+    _check_replaceable(destination)
+    if config_json.get("quantization_config") is None:
+        omit = {*omit, QUANTIZE_CONFIG}
+    with replacing_directory(destination, CheckpointError, resume) as directory:
+        if not any(directory.iterdir()):  # else the room was taken by the writer that was killed
+            _check_room(destination, sum(layout.size for layout in files.values()))
         if sources is not None:
-            _copy_companions(Path(sources), tmp, set(omit))
-        config.save(tmp)
-        _write_weights(tmp, plan, tensors, resumable=keep)
-        keep = False
-        for name, content in (extra_files or {}).items():
-            content = content() if callable(content) else content
-            (tmp / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        Checkpoint(tmp).check()  # read back before anything is replaced
-        for path in (*tmp.iterdir(), tmp):
-            _flush(path)
-        _put_in_place(tmp, dst)
-    except CheckpointError:
-        keep = False  # wrong content does not get better by going on
-        raise
-    except OSError as e:
-        raise _bad(
-            dst,
-            f"could not be written: {e.strerror or e}{f' ({e.filename})' if e.filename else ''}; "
-            "what was there is as it was",
-        ) from None
-    finally:
-        if lock is not None:
-            if not keep:
-                shutil.rmtree(
-                    tmp, ignore_errors=True
-                )  # half a checkpoint, or, after the exchange, the old one
-            os.close(lock)
+            copy_companions(Path(sources), directory, omit)
+        (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+        if len(files) > 1:
+            (directory / INDEX).write_text(index_text(files))
+        writer = _WeightWriter(directory, specs, files, resumable=resume is not None)
+        writer.put_all(tensors(writer.written) if callable(tensors) else tensors)
+        for name, content in extra_files.items():
+            (directory / name).write_bytes(_bytes_of(content))
+        check(directory)
 
 
-def plan_shards(
-    config: ModelConfig,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> dict[str, tuple[bytes, int, dict]]:
-    """{file: (header with its length, size of the file, {tensor: (place in the file, dtype, shape)})}; bytes.
-
-    Cut as Hugging Face does: in module order, a new shard where the next tensor would exceed max_shard_bytes.
-    """
-    if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
-    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...], int]]] = [{}]
-    for name, shape in config.parameter_shapes().items():
-        dtype = (dtypes or {}).get(name, getattr(torch, config.dtype))
-        if dtype not in _CODES:
-            raise CheckpointError(
-                f"tensor {_q(name)} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
-            )
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and sum(s for _, _, s in shards[-1].values()) + size > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = (dtype, tuple(shape), size)
-    plan = {}
-    for i, shard in enumerate(shards, 1):
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in sorted(shard, key=lambda n: -shard[n][0].itemsize):  # widest first: all aligned
-            dtype, shape, size = shard[name]
-            header[name] = {
-                "dtype": _CODES[dtype],
-                "shape": shape,
-                "data_offsets": (end, end + size),
-            }
-            end += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        places = {n: (start + header[n]["data_offsets"][0], *shard[n][:2]) for n in shard}
-        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        plan[file] = (len(text).to_bytes(8, "little") + text, start + end, places)
-    return plan
+def _bytes_of(content: Content) -> bytes:
+    if callable(content):
+        content = content()
+    return content.encode() if isinstance(content, str) else content
 
 
-JOURNAL = ".written"  # names of the tensors that are on the disk, one a line
+def copy_companions(source: Path, directory: Path, omit: Collection[str] = ()) -> None:
+    """Copy what a checkpoint has besides weights and configs: tokenizer, templates, licence."""
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{source}: is not a directory, expected the one with the tokenizer's files"
+        )
+    for path in sorted(source.iterdir()):
+        if _is_companion(path) and path.name not in omit:
+            check_regular(path, CheckpointError)
+            shutil.copyfile(path, directory / path.name)
 
 
-def _write_weights(tmp: Path, plan: dict, tensors, resumable: bool = False) -> None:
-    journal, done = tmp / JOURNAL, set()
-    if journal.exists() and all(
-        (tmp / f).is_file() and (tmp / f).stat().st_size == size for f, (_, size, _) in plan.items()
-    ):
-        done = set(
-            journal.read_text().split("\n")[:-1]
-        )  # a last line without its end was not finished
-    else:
-        for file, (header, size, _) in plan.items():
-            (tmp / file).write_bytes(header)
-            os.truncate(tmp / file, size)
-    if resumable:
-        tensors = tensors(done)
-    waiting = {
-        name: (file, *at) for file, (_, _, places) in plan.items() for name, at in places.items()
+def _is_companion(path: Path) -> bool:
+    wanted = path.suffix in _COMPANIONS and not _NOT_COPIED.fullmatch(path.name)
+    return wanted and not path.is_dir()
+
+
+def _specs(config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorSpec]:
+    """The tensors that a config describes, in module order."""
+    default: torch.dtype = getattr(torch, config.dtype)
+    specs = {
+        name: TensorSpec(dtypes.get(name, default), tuple(shape))
+        for name, shape in config.parameter_shapes().items()
     }
-    known = set(waiting)
-    waiting = {name: at for name, at in waiting.items() if name not in done}
-    if len(plan) > 1:
-        total = sum(size - len(header) for header, size, _ in plan.values())
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {n: waiting[n][0] for n in sorted(known)},
-        }
-        (tmp / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for name, tensor in tensors:
-        if name not in waiting:
+    for name, spec in specs.items():
+        if spec.dtype not in WEIGHT_DTYPES.values():
             raise CheckpointError(
-                f"tensor {_q(name)} "
-                + (
-                    "was given twice, expected each once"
-                    if name in known
-                    else f"is not one of the {len(known)} that the config describes"
-                )
+                f"tensor {quoted(name)} has dtype {spec.dtype}, expected one of "
+                f"{', '.join(WEIGHT_DTYPES)}"
             )
-        file, place, dtype, shape = waiting.pop(name)
+    return specs
+
+
+# ---- before anything is written -----------------------------------------------------------------
+
+
+def _check_extra_names(destination: Path, extra_files: Iterable[str]) -> None:
+    for name in extra_files:
+        if not _EXTRA.fullmatch(name):
+            raise CheckpointError(
+                f"{destination}: extra file {quoted(name)} is refused, expected a plain file name "
+                "that is not config.json, a weight file or their index"
+            )
+
+
+def _check_replaceable(destination: Path) -> None:
+    """A destination that exists must be empty, or a checkpoint with nothing that would be lost."""
+    present = _entries(destination)
+    if not present:
+        return
+    names = {path.name for path in present}
+    if "config.json" not in names or not names & {SINGLE, INDEX}:
+        raise CheckpointError(
+            f"{destination}: exists and is not a checkpoint (it holds "
+            f"{quoted(present[0].name)}{and_more(present)}); it is not replaced: choose another "
+            "directory"
+        )
+    for path in present:
+        if not path.is_file() or path.suffix not in (*_COMPANIONS, ".safetensors"):
+            raise CheckpointError(
+                f"{destination}: holds {quoted(path.name)}, which is no part of a checkpoint and "
+                "would be lost; it is not replaced: choose another directory or move that away"
+            )
+
+
+def _entries(destination: Path) -> list[Path]:
+    """What a destination holds now; nothing if there is none yet."""
+    if not destination.name or (destination.exists() and not destination.is_dir()):
+        raise CheckpointError(
+            f"{destination}: is not a directory that can be replaced; choose another"
+        )
+    if not destination.exists():
+        return []
+    try:
+        return sorted(destination.iterdir())
+    except OSError as e:
+        raise CheckpointError(
+            f"{destination}: cannot be listed ({e.strerror}), expected a checkpoint that may be "
+            "replaced; choose another directory"
+        ) from None
+
+
+def _check_room(destination: Path, need: int) -> None:
+    free = shutil.disk_usage(destination.parent).free
+    if need > free:
+        raise CheckpointError(
+            f"{destination}: the disk has {free} bytes free, expected at least {need}; make room"
+        )
+
+
+# ---- the weights --------------------------------------------------------------------------------
+
+
+class _WeightWriter:
+    """Puts tensors into weight files that were laid out before, in whatever order they come.
+
+    written: names of the tensors that an earlier, killed writer has put there. A resumable writer
+    notes every tensor in a journal once the disk has it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        specs: Mapping[str, TensorSpec],
+        files: Mapping[str, FileLayout],
+        resumable: bool,
+    ) -> None:
+        self.directory, self.specs, self.resumable = directory, specs, resumable
+        self.places = {
+            name: (directory / file, place)
+            for file, layout in files.items()
+            for name, place in layout.places.items()
+        }
+        self.journal = directory / _JOURNAL
+        self.written: set[str] = set()
+        if self.journal.exists() and self._are_laid_out(files):
+            # A last line without its end was being written when the writer was killed.
+            self.written = set(self.journal.read_text().split("\n")[:-1])
+        else:
+            self._begin(files)
+        self.waiting = dict.fromkeys(name for name in specs if name not in self.written)
+
+    def put_all(self, tensors: NamedTensors) -> None:
+        """Write each, then refuse if one is missing."""
+        for name, tensor in tensors:
+            self._check(name, tensor)
+            self._put(name, tensor)
+            del self.waiting[name]
+            del tensor  # or it would stay in memory while the next one is made
+        self.journal.unlink(missing_ok=True)
+        if self.waiting:
+            missing = list(self.waiting)
+            raise CheckpointError(
+                f"tensor {quoted(missing[0])} was not given{and_more(missing)}, expected all "
+                f"{len(self.specs)} that the config describes"
+            )
+
+    def _are_laid_out(self, files: Mapping[str, FileLayout]) -> bool:
+        for name, layout in files.items():
+            path = self.directory / name
+            if not path.is_file() or path.stat().st_size != layout.size:
+                return False
+        return True
+
+    def _begin(self, files: Mapping[str, FileLayout]) -> None:
+        """Every file with its header, and at its full size."""
+        self.journal.unlink(missing_ok=True)
+        for name, layout in files.items():
+            (self.directory / name).write_bytes(layout.header)
+            os.truncate(self.directory / name, layout.size)
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if name not in self.specs:
+            raise CheckpointError(
+                f"tensor {quoted(name)} is not one of the {len(self.specs)} that the config "
+                "describes"
+            )
+        if name not in self.waiting:
+            raise CheckpointError(f"tensor {quoted(name)} was given twice, expected each once")
+        dtype, shape = self.specs[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"tensor {_q(name)} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"tensor {quoted(name)} is {tensor.dtype} {tuple(tensor.shape)}, expected "
                 f"{dtype} {shape} from the config; change the one or the other"
             )
-        data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        with open(tmp / file, "r+b", buffering=0) as f:
-            f.seek(place)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        path, place = self.places[name]
+        data = memoryview(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        )
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(place)
             while data:  # one call writes at most 2 GiB
-                data = data[f.write(data) :]
-            if resumable:
-                os.fsync(f.fileno())
-        if resumable:
-            with open(journal, "a") as f:
-                f.write(f"{name}\n")
-        del tensor, data  # or it would stay while the next one is made
-    journal.unlink(missing_ok=True)
-    if waiting:
-        raise CheckpointError(
-            f"tensor {_q(next(iter(waiting)))} was not given{_more(list(waiting))}, "
-            f"expected all {len(known)} that the config describes"
-        )
-
-
-def _refuse_foreign(dst: Path) -> None:
-    """A destination that exists must be empty, or a checkpoint and nothing else that would be lost."""
-    if not dst.name or (dst.exists() and not dst.is_dir()):
-        raise _bad(dst, "is not a directory that can be replaced; choose another")
-    present = sorted(dst.iterdir()) if dst.exists() else []
-    names = {p.name for p in present}
-    if present and not ("config.json" in names and names & {SINGLE, INDEX}):
-        raise _bad(
-            dst,
-            f"exists and is not a checkpoint (it holds {_q(present[0].name)}{_more(present)}); "
-            "it is not replaced: choose another directory",
-        )
-    for p in present:
-        if not p.is_file() or p.suffix not in (*_COMPANIONS, ".safetensors"):
-            raise _bad(
-                dst,
-                f"holds {_q(p.name)}, which is no part of a checkpoint and would be lost; it is "
-                "not replaced: choose another directory or move that away",
-            )
-
-
-def _copy_companions(source: Path, tmp: Path, omit: set[str]) -> None:
-    if not source.is_dir():
-        raise _bad(source, "is not a directory, expected the one with the tokenizer's files")
-    for p in sorted(source.iterdir()):
-        if (
-            p.suffix in _COMPANIONS
-            and p.name not in omit
-            and not p.is_dir()
-            and not _NOT_COPIED.fullmatch(p.name)
-        ):
-            require_regular(p)
-            shutil.copyfile(p, tmp / p.name)
-
-
-def _remove_stale(dst: Path, keep: Path | None = None) -> None:
-    """Removes what killed writers to this destination left; a live one holds a lock on its directory."""
-    for name in glob.glob(f".{glob.escape(dst.name)}.tmp-*", root_dir=dst.parent):
-        if keep is not None and name == keep.name:
-            continue
-        try:
-            fd = os.open(dst.parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(dst.parent / name, ignore_errors=True)
-        except OSError:
-            pass  # locked
-        finally:
-            os.close(fd)
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _put_in_place(tmp: Path, dst: Path) -> None:
-    """tmp becomes dst; what dst was is then at tmp, to be removed."""
-    if not dst.exists():
-        os.rename(tmp, dst)
-    elif not _exchange(tmp, dst):
-        old = dst.parent / f".{dst.name}.old-{os.getpid()}"
-        os.rename(dst, old)
-        try:
-            os.rename(tmp, dst)
-        except BaseException:
-            os.rename(old, dst)
-            raise
-        os.rename(old, tmp)
-    try:
-        _flush(dst.parent)
-    except OSError:
-        pass  # it is in place; only a power cut within seconds could still bring the old one back
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two directories in one step; False where the system or the file system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):
-        return False
-    at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
-    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
+                data = data[file.write(data) :]
+            if self.resumable:
+                os.fsync(file.fileno())
+        if self.resumable:
+            with open(self.journal, "a") as journal:
+                journal.write(f"{name}\n")

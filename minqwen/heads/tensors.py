@@ -64,7 +64,7 @@ def extend_tensor(name: str, tensor: Tensor, to: Layout) -> Tensor:
     kind = suffix(name)
     if kind == "o_proj.weight":
         return _share_columns(tensor, to)
-    placed = _place(tensor, blocks)
+    placed = place(tensor, blocks)
     if kind.startswith("q_proj") and to.recipe == "random":
         _fill_with_noise(name, tensor, placed, to)
     return placed
@@ -142,14 +142,14 @@ def on_grid_of(x: Tensor, part: Tensor) -> Tensor:
     return (part / ulp).round() * ulp
 
 
-def _place(tensor: Tensor, blocks: Blocks) -> Tensor:
-    """Slot by slot the source's block, or zeros."""
+def place(tensor: Tensor, blocks: Blocks, empty: int = 0) -> Tensor:
+    """Slot by slot the source's block, or `empty` in all its elements."""
     source: Tensor = tensor.unflatten(blocks.dim, (-1, blocks.unit))
     index = torch.tensor([slot or 0 for slot in blocks.slots], device=tensor.device)
     placed = source.index_select(blocks.dim, index)
     for j, slot in enumerate(blocks.slots):
         if slot is None:
-            placed.select(blocks.dim, j).zero_()
+            placed.select(blocks.dim, j).fill_(empty)
     return placed.flatten(blocks.dim, blocks.dim + 1)
 
 

@@ -6,10 +6,13 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
+from minqwen.checkpoint.load import resolve_dtype
 from minqwen.config import ModelConfig
 
-# Qwen/Qwen2.5-*-Instruct: hidden, intermediate, layers, query heads, KV heads, vocabulary rows, tied head
+# Qwen/Qwen2.5-*-Instruct: hidden size, intermediate size, layers, query heads, key/value heads,
+# vocabulary rows, whether the head is tied to the embedding.
 SIZES = {
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
@@ -20,11 +23,8 @@ SIZES = {
     "72B": (8192, 29568, 80, 64, 8, 152064, False),
 }
 
-
-BLOCK = 16_777_213
-
-
-STD = 0.02
+PERIOD = 16_777_213  # numbers that are drawn, after which they repeat: a prime
+STD = 0.02  # initializer_range of the official configs
 
 
 def official_config(size: str) -> ModelConfig:
@@ -59,29 +59,33 @@ def official_config(size: str) -> ModelConfig:
     )
 
 
-def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) in module order and config.dtype; each depends on seed, name and shape alone."""
-    dtype = getattr(torch, config.dtype)
-    block = (
-        torch.empty(BLOCK).normal_(0, STD, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    )
+def random_tensors(
+    config: ModelConfig, seed: int, period: int = PERIOD
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in module order and config.dtype; each depends on seed, name and shape alone.
+
+    Matrices, embeddings and biases are drawn from N(0, STD^2). Norm weights are 1. o_proj.bias is
+    0: only a Llama config lists it, and Qwen2 computes without one.
+    """
+    dtype = resolve_dtype("auto", config)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.empty(period).normal_(0, STD, generator=generator).to(dtype)
     for name, shape in config.parameter_shapes().items():
-        if name.endswith("norm.weight"):
-            yield name, torch.ones(shape, dtype=dtype)
-            continue
-        if name.endswith(
-            "o_proj.bias"
-        ):  # a Llama-style config lists it; Qwen2 has none, so it is zero
-            yield name, torch.zeros(shape, dtype=dtype)
-            continue
         tensor = torch.empty(shape, dtype=dtype)
-        flat = tensor.view(-1)
-        start = (
-            int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") % BLOCK
-        )
-        done = 0
-        while done < len(flat):
-            count = min(BLOCK - start, len(flat) - done)
-            flat[done : done + count] = block[start : start + count]
-            done, start = done + count, 0
+        if name.endswith("norm.weight"):
+            tensor.fill_(1)
+        elif name.endswith("o_proj.bias"):
+            tensor.zero_()
+        else:
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            _repeat(numbers, int.from_bytes(digest[:8], "little") % period, tensor.view(-1))
         yield name, tensor
+
+
+def _repeat(numbers: Tensor, start: int, out: Tensor) -> None:
+    """Fill `out` with `numbers` from `start` on, again from 0 after the last one."""
+    done = 0
+    while done < len(out):
+        count = min(len(numbers) - start, len(out) - done)
+        out[done : done + count] = numbers[start : start + count]
+        done, start = done + count, 0

@@ -1,4 +1,4 @@
-"""Weights that stay elsewhere: the same bits, few bytes, and a file that changes under a running model."""
+"""Weights that stay elsewhere: the same bits in less memory, also when a file changes meanwhile."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_hooks_and_traces_work(embedded):
 
 
 def test_a_failing_layer_can_be_computed_again(embedded, tmp_path):
-    """A checkpoint that changes under a running model ends the pass with one line; put back, the next one is right."""
+    """A file that is gone ends the pass with one line; when it is back, the next pass is right."""
     for file in embedded.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     model = Qwen2.from_pretrained(tmp_path, dtype="float32", offload="disk")
