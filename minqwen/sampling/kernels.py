@@ -1,8 +1,8 @@
 """What `warp` and `draw` define, for many rows at once; and the largest entries of a row.
 
-A vocabulary has 150,000 entries, and sorting them takes longer than a decode step of a small model.
-So these functions look at a row in blocks: a sum or a maximum for each block first, then inside the
-few blocks that matter. What is decided from a few numbers is decided on the CPU.
+A vocabulary has about 150,000 entries: too many to sort them for every token. So these functions
+look at a row in blocks. First they take a sum or a maximum for each block, then they look inside
+the few blocks that matter. What is decided from a few numbers is decided on the CPU.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def largest(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return values.cpu(), (best.gather(1, at // BLOCK) * BLOCK + at % BLOCK).cpu()
 
 
-def fall(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sort_falling(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Entries [R, m] sorted: values falling, those of equal value by rising id.
 
     Returns (values, ids, order): ids rise, and values[r, j] is that of id ids[r, order[r, j]].
@@ -183,7 +183,7 @@ def _draw_from_largest(rows: Rows, m: int) -> list[int]:
     m = min(m, width)
     values, ids = largest(rows.x, m)
     # Division keeps the order, but may make neighbours equal: so it comes before the sort.
-    values, ids, order = fall(values / rows.t, ids)
+    values, ids, order = sort_falling(values / rows.t, ids)
     w, enough = _weights_left(rows, values)
     w = torch.zeros_like(w).scatter(1, order, w)  # in the order of ids, as `draw` adds them
     drawn: list[int] = ids.gather(1, pick(w, rows.u * w.cumsum(-1)[:, -1:])[0])[:, 0].tolist()

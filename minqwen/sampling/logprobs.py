@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minqwen.sampling.kernels import fall, largest, padded
+from minqwen.sampling.kernels import largest, padded, sort_falling
 
 
 def wide(x: Tensor) -> Tensor:
@@ -91,5 +91,5 @@ def _best(x: Tensor, n: int) -> list[tuple[list[float], list[int]]]:
         values, ids = largest(x, m)
         if m == x.shape[1] or (values.amin(-1) < values.topk(n).values[:, -1]).all():
             break
-    values, ids, order = fall(values, ids)
+    values, ids, order = sort_falling(values, ids)
     return list(zip(values[:, :n].tolist(), ids.gather(1, order)[:, :n].tolist()))
