@@ -15,8 +15,10 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from minqwen.cli import Parser, check_writable, run
+from minqwen.lab.figures import new_figure, save
 from minqwen.lab.peak_memory import (
     LONG,
     VALIDATION,
@@ -43,6 +45,11 @@ def show(job: Job, found: Measurement) -> None:
     )
 
 
+def show_lines(rows: list[Row]) -> None:
+    show_line("measured", [(job.length, found.measured) for job, found in rows])
+    show_line("predicted", [(job.length, found.predicted) for job, found in rows])
+
+
 def show_line(name: str, points: list[tuple[float, float]]) -> None:
     """Of (tokens, bytes)."""
     slope, at_zero = line_through(points)
@@ -53,10 +60,7 @@ def show_line(name: str, points: list[tuple[float, float]]) -> None:
     )
 
 
-def draw(rows: list[Row], file: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+def draw(figure: Any, rows: list[Row], file: str) -> None:
     axes = figure.subplots()
     lengths = [job.length for job, _ in rows]
     axes.plot(lengths, [found.predicted / 1e6 for _, found in rows], label="planner")
@@ -69,7 +73,12 @@ def draw(rows: list[Row], file: str) -> None:
         xticks=[0, *lengths],
     )
     axes.legend()
-    figure.savefig(file)
+    save(figure, file)
+
+
+def write_json(rows: list[Row], file: str) -> None:
+    written = [{**asdict(job), **asdict(found)} for job, found in rows]
+    Path(file).write_text(json.dumps(written, indent=1) + "\n")
 
 
 def parse_args() -> argparse.Namespace:
@@ -90,19 +99,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    figure = new_figure(6.4, 3.6) if args.plot else None
     print(HEADER)
     rows: list[Row] = []
     for job in VALIDATION if args.validate else LONG:
         rows.append((job, measure(job, args.threads)))
         show(*rows[-1])
     if not args.validate:
-        show_line("measured", [(job.length, found.measured) for job, found in rows])
-        show_line("predicted", [(job.length, found.predicted) for job, found in rows])
+        show_lines(rows)
     if args.plot:
-        draw(rows, args.plot)
+        draw(figure, rows, args.plot)
     if args.json:
-        written = [{**asdict(job), **asdict(found)} for job, found in rows]
-        Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
+        write_json(rows, args.json)
     return 0
 
 

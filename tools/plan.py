@@ -22,6 +22,7 @@ from typing import Any
 from minqwen.cli import Parser, check_writable, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import MinqwenError, ParallelError
+from minqwen.lab.figures import new_figure, save
 from minqwen.lab.planner import CAPACITIES, CARDS, GB, QUANTIZATIONS, Card, Estimate, Fit, Planner
 from minqwen.lab.shapes import SIZES, official_config
 
@@ -69,9 +70,9 @@ class Refused:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shape = parser.add_mutually_exclusive_group(required=True)
-    shape.add_argument("model", nargs="?", help="a model's directory, or its config.json")
-    shape.add_argument("--size", choices=SIZES, help="an official Qwen2.5 size")
+    # Not a group of argparse's: after a mistyped flag it would complain about the flag's value.
+    parser.add_argument("model", nargs="?", help="a model's directory, or its config.json")
+    parser.add_argument("--size", choices=SIZES, help="an official Qwen2.5 size")
     model_flags(parser)
     load_flags(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -79,6 +80,8 @@ def parse_args() -> argparse.Namespace:
         "--plot", metavar="FILE", help="memory against context as .svg, .png or .pdf"
     )
     args: argparse.Namespace = parser.parse_args()
+    if (args.model is None) == (args.size is None):
+        parser.error("expected a model's directory, or --size and one of its choices, not both")
     return args
 
 
@@ -245,17 +248,6 @@ def show_floors(found: list[Answer]) -> None:
 # ---- the plot -----------------------------------------------------------------------------------
 
 
-def new_figure() -> Any:
-    """An empty matplotlib Figure, of a library that has no types."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MinqwenError(
-            "--plot needs matplotlib, which is not installed: pip install 'minqwen[plot]'"
-        ) from None
-    return Figure(figsize=(7, 4.2), layout="constrained")
-
-
 def plot(figure: Any, answers: list[Answer | Refused], file: str) -> None:
     """Memory against context: a line for each number of GPUs, and one for each size of card."""
     found = [a for a in answers if isinstance(a, Answer)]
@@ -275,12 +267,7 @@ def plot(figure: Any, answers: list[Answer | Refused], file: str) -> None:
         ylim=(0, None),
     )
     axes.legend(loc="upper left", fontsize=8)
-    try:
-        figure.savefig(file)
-    except (OSError, ValueError) as error:
-        raise MinqwenError(
-            f"{file}: the plot cannot be written ({error}); choose another file"
-        ) from None
+    save(figure, file)
 
 
 def plot_line(axes: Any, planner: Planner, longest: int, batch: int) -> float:
@@ -303,7 +290,7 @@ def plot_line(axes: Any, planner: Planner, longest: int, batch: int) -> float:
 def main() -> int:
     args = parse_args()
     check_args(args)
-    figure = new_figure() if args.plot else None
+    figure = new_figure(7, 4.2) if args.plot else None
     config = read_config(args)
     answers = answers_for(args, config)
     if args.plot:

@@ -1,0 +1,111 @@
+"""tools/plan.py: it says what the planner says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+from support.tool import run_tool, run_tool_here
+
+from minqwen.lab.planner import CARDS, Planner
+from minqwen.lab.shapes import official_config
+
+SEVEN = official_config("7B")
+
+
+def answers(*args: object) -> list[dict]:
+    done = run_tool_here("plan.py", *args, "--json")
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def test_a_table_for_each_number_of_gpus_and_the_reason_where_one_cannot_work():
+    done = run_tool_here("plan.py", "--size", "7B")
+    lines = done.out.splitlines()
+    assert done.code == 0 and lines[0].startswith("7B: 28 query and 4 KV heads of 128, ")
+    (memory,) = (i for i, line in enumerate(lines) if line.startswith("GPUs  weights"))
+    assert [line.split()[0] for line in lines[memory + 1 : memory + 5]] == ["1", "2", "4", "8"]
+    assert "28 query heads do not divide by 8" in lines[memory + 4]
+
+
+def test_json_says_what_the_library_says(tmp_path):
+    SEVEN.save(tmp_path)
+    load = ("--tp", 4, "--context", 5000, "--batch", 3, "--gpu-memory", 24)
+    (answer,) = answers(tmp_path, *load)
+    planner = Planner(SEVEN, 4)
+    expected = planner.estimate(5000, 3)
+    assert {k: answer[k] for k in dataclasses.asdict(expected)} == dataclasses.asdict(expected)
+    assert answer["total"] == expected.total
+    fit = planner.fit(expected, int(21.6e9))  # 0.9 of 24 GB
+    assert answer["cards_gb"] == {"24": dataclasses.asdict(fit)}
+    assert set(answer["floors"]) == {"RTX 3090", "RTX 4090"}
+    assert answer["floors"]["RTX 3090"] == {
+        "decode_seconds": expected.decode_seconds(CARDS["RTX 3090"]),
+        "prefill_seconds": expected.prefill_seconds(CARDS["RTX 3090"]),
+    }
+
+
+def test_every_degree_and_the_one_that_cannot_work():
+    found = answers("--size", "7B")
+    assert [a["size"] for a in found] == [1, 2, 4, 8]
+    assert "extend to 32 heads" in found[3]["error"]
+    assert list(found[0]["cards_gb"]) == ["24", "40", "48", "80", "141"]
+    assert set(found[0]["floors"]) == set(CARDS)
+
+
+def test_with_32_heads_eight_gpus_can_share_the_model():
+    found = answers("--size", "7B", "--num-attention-heads", 32)
+    assert [a["heads"] for a in found] == [32] * 4
+
+
+def test_a_context_beyond_the_configs_is_noted():
+    done = run_tool_here("plan.py", "--size", "7B", "--tp", 4, "--context", 40_000)
+    assert "note: the config allows 32,768 tokens; more needs YaRN" in done.out
+
+
+def test_plot_and_what_to_do_without_matplotlib(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    done = run_tool_here("plan.py", "--size", "0.5B", "--tp", 1, "--plot", tmp_path / "a.svg")
+    assert done.code == 0 and "<svg" in (tmp_path / "a.svg").read_text()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run_tool_here("plan.py", "--size", "0.5B", "--plot", tmp_path / "b.svg")
+    assert done.code == 2 and "pip install 'minqwen[plot]'" in done.err
+    assert done.err.count("\n") == 1 and not done.out
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--size", "7B", "--tp", "8"], "degrees that work: 1, 2, 4"),
+        (["/nowhere"], "/nowhere: cannot be read"),
+        (["--size", "7B", "--batch", "0"], "batch is 0"),
+        (["--size", "7B", "--gpu-memory", "-1"], "--gpu-memory is -1"),
+        (["--size", "7B", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization is 1.5"),
+        (["--size", "7B", "--num-attention-heads", "30"], "num_attention_heads is 30"),
+        (["--size", "9B"], "invalid choice: '9B'"),
+        ([], "expected a model's directory, or --size"),
+        (["/nowhere", "--size", "7B"], "not both"),
+        (["--size", "7B", "--contxt", "9"], "did you mean '--context'"),
+        # Before the model is looked at:
+        (["/nowhere", "--plot", "/nowhere/a.svg"], "--plot /nowhere/a.svg: has no directory"),
+        (["/nowhere", "--plot", "/"], "--plot /: is a directory"),
+    ],
+)
+def test_mistakes_are_one_line(args, expected):
+    done = run_tool_here("plan.py", *args)
+    assert done.code == 2 and expected in done.err
+    assert done.err.count("\n") == 1 and not done.out
+
+
+def test_a_plot_that_matplotlib_cannot_write_is_one_line(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = run_tool_here("plan.py", "--size", "0.5B", "--tp", 1, "--plot", tmp_path / "a.xyz")
+    assert done.code == 2 and "a.xyz: the plot cannot be written" in done.err
+    assert done.err.count("\n") == 1 and not done.out
+
+
+def test_the_script_runs_as_a_program():
+    done = run_tool("plan.py", "--size", "7B", "--tp", 4)
+    assert done.code == 0 and "GB per GPU" in done.out and not done.err
