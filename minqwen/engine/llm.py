@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from minqwen.checkpoint import Checkpoint, load_pretrained
-from minqwen.checkpoint.load import check_options
+from minqwen.checkpoint.load import check_options, resolve_dtype
 from minqwen.checks import is_integer, optional_integer
 from minqwen.config import ModelConfig
 from minqwen.engine.blocks import BlockPool
@@ -23,7 +23,7 @@ from minqwen.engine.outputs import Delta, RequestOutput
 from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
-from minqwen.engine.sizing import EngineOptions, size_cache
+from minqwen.engine.sizing import EngineOptions, check_cache_asked_for, size_cache
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
 from minqwen.generation_config import GenerationDefaults
 from minqwen.model import Qwen2
@@ -87,6 +87,8 @@ class LLM:
             self.options.check(config)
             self.mesh = mesh or Mesh.from_env(device)
             check_degree(config, self.mesh.size)
+            of_model = resolve_dtype(dtype, config)
+            check_cache_asked_for(self.options, config, of_model, self.mesh.size)
             self.tokenizer = tokenizer or Tokenizer.from_dir(model)
             self.defaults = GenerationDefaults.from_dir(model, config)
             self.model = load_pretrained(

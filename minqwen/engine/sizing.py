@@ -94,15 +94,42 @@ def size_cache(model: Qwen2, options: EngineOptions, room: int | None = None) ->
     ConfigError where the cache has no room for the context that was asked for.
     """
     options.check(model.config)
-    context = options.max_model_len or model.config.context_length
-    num_blocks = fewest_of_all_ranks(model, _blocks_of_rank(model, options, context, room))
+    bytes_of_block = _block_bytes(model.config, options, model.dtype, model.mesh.size)
+    num_blocks = _blocks_asked_for(options, bytes_of_block)
+    if num_blocks is None:
+        num_blocks = _blocks_of_rank(model, options, bytes_of_block, room)
+    num_blocks = fewest_of_all_ranks(model, num_blocks)
+    return _context_in(num_blocks, options, model.config, bytes_of_block), num_blocks
+
+
+def check_cache_asked_for(
+    options: EngineOptions, config: ModelConfig, dtype: torch.dtype, size: int
+) -> None:
+    """Raise ConfigError, before a weight is read, if the cache that was asked for is too small.
+
+    dtype: the model's. size: how many ranks share it.
+    """
+    bytes_of_block = _block_bytes(config, options, dtype, size)
+    num_blocks = _blocks_asked_for(options, bytes_of_block)
+    if num_blocks is not None:
+        _context_in(num_blocks, options, config, bytes_of_block)
+
+
+def _context_in(
+    num_blocks: int, options: EngineOptions, config: ModelConfig, bytes_of_block: int
+) -> int:
+    """The longest context that so many blocks hold, at most the one that is wanted.
+
+    Raises ConfigError if they do not hold the context that was asked for.
+    """
+    context = options.max_model_len or config.context_length
     tokens = num_blocks * options.block_size
     if tokens >= context:
-        return context, num_blocks
+        return context
     if options.max_model_len is None and tokens >= 2:
-        return tokens, num_blocks
+        return tokens
     needed = options.blocks_for(context)
-    megabytes = needed * _block_bytes(model, options) / 1e6
+    megabytes = needed * bytes_of_block / 1e6
     raise ConfigError(
         f"max_model_len {context} needs {needed} blocks of {options.block_size} tokens "
         f"({megabytes:.1f} MB per rank), but the cache has {num_blocks}: lower max_model_len, or "
@@ -110,13 +137,20 @@ def size_cache(model: Qwen2, options: EngineOptions, room: int | None = None) ->
     )
 
 
-def _blocks_of_rank(model: Qwen2, options: EngineOptions, context: int, room: int | None) -> int:
-    """The blocks that were asked for, or those that fit on this rank."""
+def _blocks_asked_for(options: EngineOptions, bytes_of_block: int) -> int | None:
+    """The blocks that the options name, by number or by bytes; None: what memory leaves."""
     if options.num_blocks is not None:
         return options.num_blocks
-    bytes_of_block = _block_bytes(model, options)
     if options.kv_cache_bytes is not None:
         return options.kv_cache_bytes // bytes_of_block
+    return None
+
+
+def _blocks_of_rank(
+    model: Qwen2, options: EngineOptions, bytes_of_block: int, room: int | None
+) -> int:
+    """The blocks that this rank's memory has room for, and that could be used."""
+    context = options.max_model_len or model.config.context_length
     if room is None:
         room = room_for_cache(model, options.gpu_memory_utilization)
     fit = blocks_that_fit(
@@ -134,8 +168,8 @@ def _blocks_of_rank(model: Qwen2, options: EngineOptions, context: int, room: in
     return min(fit, options.max_num_seqs * options.blocks_for(context))  # more could not be used
 
 
-def _block_bytes(model: Qwen2, options: EngineOptions) -> int:
-    return block_bytes(model.config, model.mesh.size, options.block_size, _name(model.dtype))
+def _block_bytes(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, size: int) -> int:
+    return block_bytes(config, size, options.block_size, _name(dtype))
 
 
 def _name(dtype: torch.dtype) -> str:
