@@ -19,10 +19,10 @@ from typing import Any
 
 from minqwen import LLM, Checkpoint, SamplingParams
 from minqwen.cli import Parser, is_first_rank, model_flags, model_options, run, share_text
+from minqwen.config import GenerationDefaults
 from minqwen.engine.outputs import RequestOutput
 from minqwen.engine.sizing import EngineOptions
 from minqwen.errors import MinqwenError
-from minqwen.generation_config import GenerationDefaults
 
 SAMPLING_FLAGS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minqwen.checkpoint import Checkpoint, load_pretrained
 from minqwen.checkpoint.load import check_options, resolve_dtype
 from minqwen.checks import is_integer, optional_integer
-from minqwen.config import ModelConfig
+from minqwen.config import GenerationDefaults, ModelConfig
 from minqwen.engine.blocks import BlockPool
 from minqwen.engine.core import EngineCore
 from minqwen.engine.outputs import Delta, RequestOutput
@@ -25,7 +25,6 @@ from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for, size_cache
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
-from minqwen.generation_config import GenerationDefaults
 from minqwen.model import Qwen2
 from minqwen.model.trace import Names, select
 from minqwen.parallel import Mesh, check_degree
@@ -363,7 +362,7 @@ class LLM:
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, allow_special=False, add_special_tokens=False)
 
-        return tuple(bad_word_ids(params.bad_words, encode))
+        return bad_word_ids(params.bad_words, encode)
 
     def _constraints(self, params: SamplingParams) -> list[Constraint | None]:
         """What follows the grammar, for each of the n completions; None where there is none."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minqwen.checks import boolean, did_you_mean, is_finite, is_integer, number, wrong
+from minqwen.config import GenerationDefaults
 from minqwen.errors import SamplingError
-from minqwen.generation_config import GenerationDefaults
 from minqwen.sampling.structured import StructuredOutputs
 
 NOT_TOGETHER = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.sampling import INF, NAN
 
+from minqwen.config import GenerationDefaults
 from minqwen.errors import SamplingError
-from minqwen.generation_config import GenerationDefaults
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.structured import StructuredOutputs
 

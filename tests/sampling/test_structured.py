@@ -18,7 +18,7 @@ from minqwen.sampling.draw import sample
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.structured import ConstraintCompiler, StructuredOutputs
 from minqwen.tokenizer import Tokenizer
-from minqwen.tokenizer_backends import ByteLevelBPE
+from minqwen.tokenizer.backends import ByteLevelBPE
 
 MERGES = 6000  # of Qwen2.5's 151,387: short to load, and with the tokens that JSON is made of
 END, IM_END = 256 + MERGES, 256 + MERGES + 1

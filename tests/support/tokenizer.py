@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 
 from minqwen.errors import TokenizerError
-from minqwen.tokenizer_backends import ByteLevelBPE
+from minqwen.tokenizer.backends import ByteLevelBPE
 from support.paths import DATA
 
 TOKENIZER_DATA = DATA / "tokenizer"

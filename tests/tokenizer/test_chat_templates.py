@@ -19,8 +19,8 @@ from support.tokenizer import (
     one_line,
 )
 
-from minqwen.chat_template import ChatRenderer
 from minqwen.errors import TokenizerError
+from minqwen.tokenizer.chat_template import ChatRenderer
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="the kernel's limits are POSIX")
 
@@ -263,7 +263,7 @@ def test_an_interrupted_render_leaves_no_stale_answer():
 def test_a_killed_parent_leaves_no_process():
     code = (
         "import os, psutil, signal\n"
-        "from minqwen.chat_template import ChatRenderer\n"
+        "from minqwen.tokenizer.chat_template import ChatRenderer\n"
         "renderer = ChatRenderer()\n"
         "renderer.render('x', {})\n"
         "print(psutil.Process().children()[0].pid, flush=True)\n"

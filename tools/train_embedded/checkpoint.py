@@ -23,7 +23,7 @@ from minqwen.checkpoint import write_checkpoint
 from minqwen.errors import CheckpointError, MinqwenError
 from minqwen.files import write_text
 from minqwen.lab.tasks import Chapter
-from minqwen.tokenizer_backends import QWEN2_SPLIT
+from minqwen.tokenizer.backends import QWEN2_SPLIT
 
 SHAPE: dict[str, object] = {  # the 7B's ratios (28 query heads to 4), not its sizes
     "architectures": ["Qwen2ForCausalLM"],

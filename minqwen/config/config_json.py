@@ -26,9 +26,9 @@ from minqwen.checks import (
     token_ids,
     wrong,
 )
+from minqwen.config.rope_scaling import ROPE_FIELDS, RopeScaling
 from minqwen.errors import ConfigError
 from minqwen.files import printable
-from minqwen.rope_scaling import ROPE_FIELDS, RopeScaling
 
 Json = Mapping[str, Any]
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# The names that are imported as themselves belong to this module's public interface too.
-from minqwen.checks import BYTES_PER_ELEMENT as BYTES_PER_ELEMENT
 from minqwen.checks import (
+    BYTES_PER_ELEMENT,
     boolean,
     dtype_name,
     integer,
@@ -29,10 +28,10 @@ from minqwen.checks import (
     token_ids,
     wrong,
 )
-from minqwen.config_json import SIZES, check_model_type, read_fields, write_fields
+from minqwen.config.config_json import SIZES, check_model_type, read_fields, write_fields
+from minqwen.config.rope_scaling import RopeScaling
 from minqwen.errors import ConfigError
 from minqwen.files import read_json_object, write_text
-from minqwen.rope_scaling import RopeScaling as RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minqwen.checks import boolean, integer, mapping, number, optional_integer, token_ids, wrong
-from minqwen.config import ModelConfig
+from minqwen.config.model_config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.files import read_json_object
 

@@ -15,9 +15,8 @@ from support.configs import (
     assert_one_line,
 )
 
-from minqwen.config import ModelConfig
+from minqwen.config import GenerationDefaults, ModelConfig
 from minqwen.errors import ConfigError
-from minqwen.generation_config import GenerationDefaults
 
 
 def generation(tmp_path, d, config=BFLOAT16_7B):

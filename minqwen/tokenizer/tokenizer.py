@@ -17,12 +17,18 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from minqwen.added_tokens import encode_between, finder, mark
-from minqwen.chat import Message, check_messages, check_tools, read_templates, select_template
-from minqwen.chat_template import ChatRenderer
 from minqwen.errors import TokenizerError
 from minqwen.files import read_json_object
-from minqwen.tokenizer_backends import ByteLevelBPE, SentencePiece, load_backend
+from minqwen.tokenizer.added_tokens import encode_between, finder, mark
+from minqwen.tokenizer.backends import ByteLevelBPE, SentencePiece, load_backend
+from minqwen.tokenizer.chat import (
+    Message,
+    check_messages,
+    check_tools,
+    read_templates,
+    select_template,
+)
+from minqwen.tokenizer.chat_template import ChatRenderer
 
 
 class IncrementalDecoder:

@@ -22,9 +22,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from minqwen.added_tokens import encode_between, finder
 from minqwen.errors import TokenizerError
 from minqwen.files import check_small, read_json_object, read_small
+from minqwen.tokenizer.added_tokens import encode_between, finder
 
 T = TypeVar("T")
 
