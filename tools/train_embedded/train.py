@@ -64,8 +64,9 @@ class Progress:
 class Training(Native):
     """Native, but attention keeps no scores and no pattern for the backward pass.
 
-    torch's fused attention computes them again where it needs them. A step of training takes half
-    the time of a step with Native's own attention. The cacheless batches of training are causal.
+    torch's fused attention computes them again where it needs them. A step of training takes 0.6 of
+    the time that it takes with Native's own attention (0.4 if the layers are not compiled). The
+    batches of training have no cache, so whatever is hidden is hidden causally.
     """
 
     def attend(
@@ -91,7 +92,7 @@ def new_model(config: ModelConfig) -> Qwen2:
 
 
 def compile_layers(model: Qwen2) -> None:
-    """One graph for all layers: on a CPU it saves a fifth of the time. It needs a C++ compiler."""
+    """One graph for all layers; saves a seventh of the time on a CPU. It needs a C++ compiler."""
     if shutil.which(os.environ.get("CXX", "g++")):
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -218,10 +219,8 @@ class Run:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         saved: Any = torch.load(path, weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damage leads to
-        raise MinqwenError(
-            f"{path}: is damaged ({error}); remove it, or give another --run"
-        ) from None
+    except Exception:  # torch.load raises whatever the damage leads to
+        raise MinqwenError(f"{path}: is damaged; remove it, or give another --run") from None
     if not isinstance(saved, dict) or set(saved) != {"progress", "model", "optimizers"}:
         raise MinqwenError(
             f"{path}: is not a state of this program; remove it, or give another --run"
