@@ -283,6 +283,8 @@ def _pad_channels(size: int, target: int | None, block: int) -> Slots:
     """
     if target is None or target == size:
         return ()
+    if block < 1:
+        raise HeadsError(f"intermediate_block is {block}, expected at least 1")
     if target < size or (target - size) * block > size:
         raise HeadsError(
             f"intermediate_size {target} must be from {size} to {size + size // block}"

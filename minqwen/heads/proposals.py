@@ -76,13 +76,13 @@ def propose(
     checkpoint. quant_group: the quantisation group size, whose boundaries a rank's slices must not
     cut. Raises HeadsError when nothing can work.
     """
-    size = tensor_parallel_size or 1
+    size = 1 if tensor_parallel_size is None else tensor_parallel_size
     _check_request(config, size, quant_group)
     proposals: list[Proposal] = []
     refusal = HeadsError(
         f"nothing of these counts runs at degree {size}: {config.num_attention_heads} query and "
         f"{config.num_key_value_heads} key/value heads asked for as "
-        f"{num_attention_heads or 'any'} and {num_key_value_heads or 'any'}"
+        f"{_or_any(num_attention_heads)} and {_or_any(num_key_value_heads)}"
     )
     for kv_heads in _kv_counts(config, num_key_value_heads, size):
         try:
@@ -104,10 +104,18 @@ def propose(
     return sorted(proposals, key=lambda p: (p.cost.parameters, p.cost.kv_bytes))
 
 
+def _or_any(count: int | None) -> str:
+    return "any" if count is None else str(count)
+
+
 def _check_request(config: ModelConfig, size: int, quant_group: int | None) -> None:
     if size < 1:
         raise HeadsError(f"tensor_parallel_size is {size}, expected at least 1")
-    if quant_group is not None and config.head_dim % quant_group:
+    if quant_group is None:
+        return
+    if quant_group < 1:
+        raise HeadsError(f"quant_group is {quant_group}, expected at least 1")
+    if config.head_dim % quant_group:
         raise HeadsError(
             f"head_dim {config.head_dim} is not a multiple of the quantisation group "
             f"{quant_group}: a group would span two heads, so heads cannot be moved without "
@@ -118,7 +126,7 @@ def _check_request(config: ModelConfig, size: int, quant_group: int | None) -> N
 def _kv_counts(config: ModelConfig, wanted: int | None, size: int) -> list[int]:
     """Numbers of KV heads to try: at least the source's, and such that `size` ranks share them."""
     kv_heads = config.num_key_value_heads
-    if wanted:
+    if wanted is not None:
         counts = [wanted]
     else:
         counts = sorted({kv_heads, math.lcm(kv_heads, size), config.num_attention_heads})
@@ -127,7 +135,7 @@ def _kv_counts(config: ModelConfig, wanted: int | None, size: int) -> list[int]:
 
 def _head_counts(config: ModelConfig, wanted: int | None, kv_heads: int, size: int) -> range:
     """Numbers of query heads to try, ascending: multiples of `kv_heads` and of `size`."""
-    if wanted:
+    if wanted is not None:
         return range(wanted, wanted + 1)
     step = math.lcm(kv_heads, size)
     heads = config.num_attention_heads
