@@ -10,14 +10,12 @@ from tqdm import tqdm
 
 from minqwen.checkpoint.offload import OFFLOADS, LayerStream, is_layer
 from minqwen.checkpoint.reader import Checkpoint
-from minqwen.checkpoint.weight_files import WEIGHT_DTYPES
+from minqwen.checkpoint.weight_files import DTYPES
 from minqwen.checks import did_you_mean
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.model import ARITHMETICS, Exact, Native, Qwen2
 from minqwen.parallel import SINGLE, Mesh, Shard, check_degree, shard
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES.values()}
 
 
 def load_pretrained(
@@ -103,7 +101,10 @@ def _check_device(device: torch.device | str) -> None:
         gpu = str(device).lower().startswith("gpu")
         meant = "; did you mean 'cuda'?" if gpu else did_you_mean(str(device), ["cpu", "cuda"])
         raise ConfigError(f"device is {device!r}, expected 'cpu' or 'cuda'{meant}") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if found.type != "cuda":
+        return
+    # torch keeps the index in 8 bits with a sign: that of "cuda:999" is negative.
+    if not 0 <= (found.index or 0) < torch.cuda.device_count():
         raise ConfigError(
             f"device is {str(device)!r}, but this machine has {torch.cuda.device_count()} GPUs "
             "that torch can use, expected one of them or 'cpu'"

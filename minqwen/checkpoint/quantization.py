@@ -55,9 +55,7 @@ class Packing:
         Raises CheckpointError for what is not AWQ gemm or GPTQ; `source` is where it was found.
         """
         method, bits, group = found.get("quant_method"), found.get("bits"), found.get("group_size")
-        gptq = method == "gptq"
-        form = found.get("checkpoint_format", "gptq") if gptq else found.get("version", "gemm")
-        form = str(form).lower()
+        form = _form(found)
         if not isinstance(bits, int) or (form, bits) not in _KNOWN.get(str(method), ()):
             raise CheckpointError(
                 f"{source}: quantization_config is {quoted(method)} {quoted(form)} with "
@@ -69,7 +67,7 @@ class Packing:
                 f"{source}: quantization_config.group_size is {quoted(group)}, expected a number "
                 "of inputs, or -1; correct it"
             )
-        act_order = gptq and found.get("desc_act") is True
+        act_order = method == "gptq" and found.get("desc_act") is True
         return cls(str(method), bits, group, int(form == "gptq"), act_order)
 
     @property
@@ -113,6 +111,13 @@ class Packing:
             "weight": (outputs, inputs),
         }
         return shapes.get(part, ())
+
+
+def _form(found: Mapping[str, Any]) -> str:
+    """Which variant of its method a quantization_config names."""
+    if found.get("quant_method") == "gptq":
+        return str(found.get("checkpoint_format", "gptq")).lower()
+    return str(found.get("version", "gemm")).lower()
 
 
 class PackedCheckpoint(WeightDirectory):

@@ -30,9 +30,9 @@ from minqwen.parallel import Shard
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# The pages of a mapped file stay resident until the mapping is closed. So tensors are copied out of
-# fresh mappings, this many bytes at a time. A load needs this much memory beyond what it keeps, and
-# not the size of the largest tensor.
+# What was read of a mapped file stays in memory until the file is unmapped. So tensors are copied
+# out of fresh mappings, this many bytes at a time. A load needs this much memory beyond what it
+# keeps, and not the size of the largest tensor.
 PIECE_BYTES = 4 << 20
 
 _BASE_MODEL = re.compile(r"(embed_tokens|layers|norm)\.")  # how Qwen2Model, without a head, saves
@@ -96,8 +96,8 @@ class WeightDirectory:
     ) -> Tensor:
         """One tensor, or the slice [start, stop) of one of its dimensions.
 
-        The result is in memory of its own, or in `out`. dtype defaults to the file's. Only the
-        pages of the slice are read. They are converted and moved piece by piece, so that the
+        The result is in memory of its own, or in `out`. dtype defaults to the file's. Only what
+        holds the slice is read from the file. It is converted and moved piece by piece, so that the
         process never holds more than the result and a few times PIECE_BYTES.
         """
         stored = self._stored(name)
@@ -205,8 +205,8 @@ class WeightDirectory:
             start, stop = shard.start, shard.stop
         elif shard is not None:
             columns = (slice(shard.start, shard.stop),)
-        # Whole rows count even if only some columns are read: pages and the kernel's read-around
-        # span them.
+        # Whole rows count even if only some columns are read: the kernel reads what lies around, in
+        # whole memory pages.
         row_bytes = torch.Size(stored.shape[1:]).numel() * stored.dtype.itemsize
         rows = max(1, PIECE_BYTES // max(1, row_bytes))
         for row in range(start, stop, rows):

@@ -25,8 +25,7 @@ def save_pretrained(
     The options are those of `write_checkpoint`. Raises CheckpointError for a model that does not
     hold the checkpoint's own weights, whole.
     """
-    offloaded = any(parameter.is_meta for parameter in model.parameters())
-    if model.mesh.size > 1 or not model.ops.can_save or offloaded:
+    if not _holds_the_checkpoint(model):
         raise CheckpointError(
             f"{path}: not written, because this model holds a rank's slice, prepared weights or "
             f"not all of them (degree {model.mesh.size}, {model.ops.name} arithmetic, offload): "
@@ -43,3 +42,9 @@ def save_pretrained(
         extra_files=extra_files,
         omit=omit,
     )
+
+
+def _holds_the_checkpoint(model: Qwen2) -> bool:
+    """Whether this rank has every weight, whole and as the checkpoint has it."""
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    return model.mesh.size == 1 and model.ops.can_save and not offloaded

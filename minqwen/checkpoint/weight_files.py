@@ -23,7 +23,8 @@ from minqwen.files import and_more, quoted, read_json_object
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 4 * 10**9  # of a weight file, as Qwen published theirs
 
-# safetensors' codes. Packed checkpoints hold words of 32 bits as well.
+# By safetensors' codes, and by the names in config.json. Packed checkpoints hold words of 32 bits
+# as well.
 WEIGHT_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -31,6 +32,7 @@ WEIGHT_DTYPES = {
     "F64": torch.float64,
 }
 PACKED_DTYPES = WEIGHT_DTYPES | {"I32": torch.int32}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES.values()}
 CODES = {dtype: code for code, dtype in PACKED_DTYPES.items()}
 
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -112,18 +114,16 @@ def _no_directory(directory: Path) -> CheckpointError:
 
 def _instead(present: list[str]) -> str:
     """What a directory without weight files under our names holds, in words."""
-    others = [name for name in present if name.endswith(".safetensors")]
-    pickles = [name for name in present if _PICKLE.fullmatch(name)]
-    if not present:
-        return "nothing at all"
-    if others:
-        return f"{quoted(others[0])} alone"
-    if pickles:
-        return (
-            f"{quoted(pickles[0])}, a pickle, which can run code and is never opened: convert it "
-            "with transformers' from_pretrained and save_pretrained"
-        )
-    return f"{len(present)} other files"
+    for name in present:
+        if name.endswith(".safetensors"):
+            return f"{quoted(name)} alone"
+    for name in present:
+        if _PICKLE.fullmatch(name):
+            return (
+                f"{quoted(name)}, a pickle, which can run code and is never opened: convert it "
+                "with transformers' from_pretrained and save_pretrained"
+            )
+    return f"{len(present)} other files" if present else "nothing at all"
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minqwen.checkpoint.reader import Checkpoint
 from minqwen.checkpoint.weight_files import (
+    DTYPES,
     INDEX,
     MAX_FILE_BYTES,
     SINGLE,
@@ -35,6 +36,7 @@ from minqwen.errors import CheckpointError
 from minqwen.files import and_more, check_regular, quoted, replacing_directory
 
 NamedTensors: TypeAlias = Iterable[tuple[str, Tensor]]
+Tensors: TypeAlias = NamedTensors | Callable[[set[str]], NamedTensors]
 Content: TypeAlias = bytes | str | Callable[[], bytes | str]
 
 QUANTIZE_CONFIG = "quantize_config.json"  # AutoGPTQ's own: true only of packed weights
@@ -49,7 +51,7 @@ _JOURNAL = ".written"  # names of the tensors that are on the disk, one a line
 def write_checkpoint(
     dst: str | os.PathLike[str],
     config: ModelConfig,
-    tensors: NamedTensors | Callable[[set[str]], NamedTensors],
+    tensors: Tensors,
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     sources: str | os.PathLike[str] | None = None,
@@ -82,7 +84,7 @@ def write_directory(
     dst: str | os.PathLike[str],
     config_json: Mapping[str, Any],
     specs: Mapping[str, TensorSpec],
-    tensors: NamedTensors | Callable[[set[str]], NamedTensors],
+    tensors: Tensors,
     *,
     check: Callable[[Path], None],
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -118,14 +120,14 @@ def write_directory(
         omit = {*omit, QUANTIZE_CONFIG}
     with replacing_directory(destination, CheckpointError, resume) as directory:
         if not any(directory.iterdir()):  # else the room was taken by the writer that was killed
-            _check_room(destination, sum(layout.size for layout in files.values()))
+            _check_room(destination, files)
         if sources is not None:
             copy_companions(Path(sources), directory, omit)
         (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
         if len(files) > 1:
             (directory / INDEX).write_text(index_text(files))
         writer = _WeightWriter(directory, specs, files, resumable=resume is not None)
-        writer.put_all(tensors(writer.written) if callable(tensors) else tensors)
+        writer.put_all(tensors)
         for name, content in extra_files.items():
             (directory / name).write_bytes(_bytes_of(content))
         check(directory)
@@ -156,7 +158,7 @@ def _is_companion(path: Path) -> bool:
 
 def _specs(config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorSpec]:
     """The tensors that a config describes, in module order."""
-    default: torch.dtype = getattr(torch, config.dtype)
+    default = DTYPES[config.dtype]
     specs = {
         name: TensorSpec(dtypes.get(name, default), tuple(shape))
         for name, shape in config.parameter_shapes().items()
@@ -184,30 +186,36 @@ def _check_extra_names(destination: Path, extra_files: Iterable[str]) -> None:
 
 def _check_replaceable(destination: Path) -> None:
     """A destination that exists must be empty, or a checkpoint with nothing that would be lost."""
+    if not destination.name or (destination.exists() and not destination.is_dir()):
+        raise CheckpointError(
+            f"{destination}: is not a directory that can be replaced; choose another"
+        )
     present = _entries(destination)
-    if not present:
-        return
-    names = {path.name for path in present}
-    if "config.json" not in names or not names & {SINGLE, INDEX}:
+    if present and not _is_checkpoint(present):
         raise CheckpointError(
             f"{destination}: exists and is not a checkpoint (it holds "
             f"{quoted(present[0].name)}{and_more(present)}); it is not replaced: choose another "
             "directory"
         )
-    for path in present:
-        if not path.is_file() or path.suffix not in (*_COMPANIONS, ".safetensors"):
-            raise CheckpointError(
-                f"{destination}: holds {quoted(path.name)}, which is no part of a checkpoint and "
-                "would be lost; it is not replaced: choose another directory or move that away"
-            )
+    foreign = [path.name for path in present if not _may_be_replaced(path)]
+    if foreign:
+        raise CheckpointError(
+            f"{destination}: holds {quoted(foreign[0])}, which is no part of a checkpoint and "
+            "would be lost; it is not replaced: choose another directory or move that away"
+        )
+
+
+def _is_checkpoint(present: list[Path]) -> bool:
+    names = {path.name for path in present}
+    return "config.json" in names and not names.isdisjoint({SINGLE, INDEX})
+
+
+def _may_be_replaced(path: Path) -> bool:
+    return path.is_file() and path.suffix in (*_COMPANIONS, ".safetensors")
 
 
 def _entries(destination: Path) -> list[Path]:
     """What a destination holds now; nothing if there is none yet."""
-    if not destination.name or (destination.exists() and not destination.is_dir()):
-        raise CheckpointError(
-            f"{destination}: is not a directory that can be replaced; choose another"
-        )
     if not destination.exists():
         return []
     try:
@@ -219,7 +227,8 @@ def _entries(destination: Path) -> list[Path]:
         ) from None
 
 
-def _check_room(destination: Path, need: int) -> None:
+def _check_room(destination: Path, files: Mapping[str, FileLayout]) -> None:
+    need = sum(layout.size for layout in files.values())
     free = shutil.disk_usage(destination.parent).free
     if need > free:
         raise CheckpointError(
@@ -251,17 +260,17 @@ class _WeightWriter:
             for name, place in layout.places.items()
         }
         self.journal = directory / _JOURNAL
-        self.written: set[str] = set()
         if self.journal.exists() and self._are_laid_out(files):
             # A last line without its end was being written when the writer was killed.
             self.written = set(self.journal.read_text().split("\n")[:-1])
         else:
+            self.written = set()
             self._begin(files)
         self.waiting = dict.fromkeys(name for name in specs if name not in self.written)
 
-    def put_all(self, tensors: NamedTensors) -> None:
+    def put_all(self, tensors: Tensors) -> None:
         """Write each, then refuse if one is missing."""
-        for name, tensor in tensors:
+        for name, tensor in tensors(self.written) if callable(tensors) else tensors:
             self._check(name, tensor)
             self._put(name, tensor)
             del self.waiting[name]

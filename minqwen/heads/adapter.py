@@ -54,16 +54,19 @@ def extend_adapter_tensor(name: str, tensor: Tensor, to: Layout) -> Tensor:
     blocks = blocks_of(weight, to)
     if blocks is None or blocks.dim != side:  # dimension 0 of W is B's, its dimension 1 is A's
         return tensor
-    size = blocks.count * blocks.unit
+    _check_side(name, tensor, side, blocks.count * blocks.unit)
+    if to.recipe == "random":
+        to = replace(to, recipe="zero")
+    return extend_tensor(weight, tensor, to)
+
+
+def _check_side(name: str, tensor: Tensor, side: int, size: int) -> None:
     if tensor.dim() != 2 or tensor.shape[side] != size:
         raise HeadsError(
             f"{ADAPTER}: {name} has shape {list(tensor.shape)}, expected {size} along dimension "
             f"{side}: this adapter is not for the source of this extension, or has been extended "
             "already"
         )
-    if to.recipe == "random":
-        to = replace(to, recipe="zero")
-    return extend_tensor(weight, tensor, to)
 
 
 def extend_adapter(
@@ -110,13 +113,19 @@ def _check_plain(config: Mapping[str, Any], path: Path) -> None:
     """Raise HeadsError unless adapter_config.json describes W + B A and nothing else."""
     if config.get("peft_type") != "LORA":
         raise HeadsError(f"{path}: is not that of a LoRA, expected peft_type LORA")
-    other = {key: config[key] for key in _REFUSED if config.get(key)}
-    if config.get("bias", "none") != "none":
-        other["bias"] = config["bias"]
-    if config.get("init_lora_weights") not in _SAFE_INITS:
-        other["init_lora_weights"] = config["init_lora_weights"]
-    for key, value in other.items():
+    other = _more_than_lora(config)
+    if other:
         raise HeadsError(
-            f"{path}: {key} is {quoted(value)}, expected a plain LoRA: merge the adapter into the "
-            "base and extend the result"
+            f"{path}: {other[0]} is {quoted(config[other[0]])}, expected a plain LoRA: merge the "
+            "adapter into the base and extend the result"
         )
+
+
+def _more_than_lora(config: Mapping[str, Any]) -> list[str]:
+    """The keys whose values mean something else than W + B A."""
+    keys = [key for key in _REFUSED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        keys.append("bias")
+    if config.get("init_lora_weights") not in _SAFE_INITS:
+        keys.append("init_lora_weights")
+    return keys

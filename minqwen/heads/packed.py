@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minqwen.checkpoint.quantization import PROJECTIONS, REQUANTISE, PackedCheckpoint, Packing
-from minqwen.checkpoint.weight_files import MAX_FILE_BYTES, TensorSpec
+from minqwen.checkpoint.weight_files import DTYPES, MAX_FILE_BYTES, TensorSpec
 from minqwen.checkpoint.writer import write_directory
 from minqwen.config import ModelConfig
 from minqwen.errors import HeadsError
@@ -35,11 +35,10 @@ PER_GROUP = ("qzeros", "scales")  # parts that have a row for each group of inpu
 
 def check_movable(packing: Packing, to: Layout) -> None:
     """Raise HeadsError, with the reason, if `to` cannot be had by moving words."""
-    if to.intermediate or to.recipe == "random":
-        raise HeadsError(
-            f"{'padding the MLP' if to.intermediate else 'recipe random'} is not done on packed "
-            f"tensors, expected ghost, zero or split, and the MLP as it is: or {REQUANTISE}"
-        )
+    if to.intermediate:
+        raise _not_done("padding the MLP")
+    if to.recipe == "random":
+        raise _not_done("recipe random")
     if to.head_dim % packing.pack:
         raise HeadsError(
             f"head_dim {to.head_dim} is not a multiple of {packing.pack}, the {packing.bits}-bit "
@@ -48,6 +47,13 @@ def check_movable(packing: Packing, to: Layout) -> None:
     if not _keeps_o(to):
         _check_groups(packing, to)
         _check_shares(packing, to)
+
+
+def _not_done(what: str) -> HeadsError:
+    return HeadsError(
+        f"{what} is not done on packed tensors, expected ghost, zero or split, and the MLP as it "
+        f"is: or {REQUANTISE}"
+    )
 
 
 def _check_groups(packing: Packing, to: Layout) -> None:
@@ -232,12 +238,18 @@ def _source_of(part: str, tensor: Tensor, blocks: Blocks, to: Layout, packing: P
     if part == "g_idx" and not packing.act_order:
         return tensor[: blocks.count * blocks.unit].clone()
     first = [blocks.slots.index(head) for head in range(blocks.count)]
-    heads: Tensor = tensor.unflatten(blocks.dim, (-1, blocks.unit))
-    source = heads.index_select(blocks.dim, torch.tensor(first)).flatten(blocks.dim, blocks.dim + 1)
+    source = _select(tensor, blocks, first)
     if blocks.dim == 0 and part == "scales":
         whole = source.double() / _per_row([to.shares[slot] for slot in first], source)
         return whole.to(tensor.dtype)
     return source
+
+
+def _select(tensor: Tensor, blocks: Blocks, slots: list[int]) -> Tensor:
+    """What these slots of the target hold."""
+    heads: Tensor = tensor.unflatten(blocks.dim, (-1, blocks.unit))
+    chosen = heads.index_select(blocks.dim, torch.tensor(slots))
+    return chosen.flatten(blocks.dim, blocks.dim + 1)
 
 
 # ---- whole checkpoints --------------------------------------------------------------------------
@@ -267,7 +279,7 @@ def extend_packed(
     specs = _specs(source, list(source.tensors), config)
     for name, shape in config.parameter_shapes().items():
         if name.endswith("o_proj.bias") and name not in specs:  # only the llama layout has it
-            specs[name] = TensorSpec(getattr(torch, config.dtype), tuple(shape))
+            specs[name] = TensorSpec(DTYPES[config.dtype], tuple(shape))
     digests: dict[str, str] = {}
     write_directory(
         dst,

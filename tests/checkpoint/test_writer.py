@@ -164,6 +164,8 @@ def test_companions_and_extra_files(tmp_path):
     for name in (
         *keep,
         "config.json",
+        "quantize_config.json",  # of packed weights, which these are not
+        "adapter_config.json",
         "model.safetensors.index.json",
         "pytorch_model.bin",
         "x.safetensors",

@@ -9,18 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from support.checkpoints import (
-    assert_holds,
-    refusal,
-    tiny,
-    weights,
-    write,
-)
+import torch
+from support.checkpoints import Q0, assert_holds, refusal, tiny, weights, write
 from support.paths import ROOT
 
 from minqwen.checkpoint import write_checkpoint
+from minqwen.config import ModelConfig
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
@@ -153,3 +150,55 @@ def test_a_killed_writer_is_cleaned_up_after_and_a_live_one_is_not(tmp_path):
     write(tmp_path / "c")
     os.close(fd)
     assert sorted(os.listdir(tmp_path)) == [".c.tmp-2", ".cc.tmp-3", "c"]
+
+
+def interrupted(path: Path, config: ModelConfig, after: int, resume: str) -> set[str]:
+    """Write with a source that is interrupted after some tensors; those that it was asked for."""
+    asked: set[str] = set()
+
+    def tensors(done: set[str]):
+        left = [item for item in weights(config).items() if item[0] not in done]
+        asked.update(name for name, _ in left)
+        yield from left[:after]
+        if after < len(left):
+            raise KeyboardInterrupt
+
+    try:
+        write_checkpoint(path, config, tensors, resume=resume, max_file_bytes=20000)
+    except KeyboardInterrupt:
+        assert not path.exists()
+    return asked
+
+
+def test_an_interrupted_writer_with_a_name_is_taken_up_where_it_was(tmp_path):
+    config = tiny()
+    names = list(weights(config))
+    assert interrupted(tmp_path / "c", config, 9, "name") == set(names)
+    assert interrupted(tmp_path / "c", config, 5, "name") == set(names[9:])
+    assert interrupted(tmp_path / "c", config, 99, "name") == set(names[14:])
+    assert_holds(tmp_path / "c", weights(config))
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_other_content_does_not_go_on_from_there(tmp_path):
+    config = tiny()
+    interrupted(tmp_path / "c", config, 9, "name")
+    assert interrupted(tmp_path / "c", config, 99, "other") == set(weights(config))
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_journal_without_its_weight_files_is_not_believed(tmp_path):
+    config = tiny()
+    interrupted(tmp_path / "c", config, 9, "name")
+    file = next((tmp_path / ".c.tmp-name").glob("*.safetensors"))
+    os.truncate(file, 100)
+    assert interrupted(tmp_path / "c", config, 3, "name") == set(weights(config))
+    assert interrupted(tmp_path / "c", config, 99, "name") == set(list(weights(config))[3:])
+    assert_holds(tmp_path / "c", weights(config))
+
+
+def test_wrong_content_leaves_nothing_to_go_on_from(tmp_path):
+    wrong = [(Q0, torch.zeros(1))]
+    act = lambda: write_checkpoint(tmp_path / "c", tiny(), lambda done: wrong, resume="name")
+    refusal(act, Q0, "(32, 24)")
+    assert os.listdir(tmp_path) == []
