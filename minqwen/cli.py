@@ -55,6 +55,9 @@ class Parser(argparse.ArgumentParser):
         return {flag for text in helps for flag in re.findall(r"--[\w-]+", text)}
 
     def error(self, message: str) -> NoReturn:
+        mistyped = re.search(r"argument command: invalid choice: '(.*?)'", message)
+        if mistyped:
+            message += did_you_mean(mistyped[1], self.commands)
         self.exit(2, f"error: {message} (see --help)\n" if is_first_rank() else "")
 
 

@@ -1,0 +1,109 @@
+"""What the command lines share: a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import pytest
+
+from minqwen.cli import Parser, check_writable, model_flags, model_options, run, share_text
+from minqwen.errors import MinqwenError
+from minqwen.parallel import Mesh
+
+
+def parser() -> Parser:
+    main = Parser(prog="tool")
+    model_flags(main.add_command("show", help="show it"))
+    save = main.add_command("save", help="save it")
+    save.add_argument("out")
+    save.add_argument("--temperature", type=float)
+    return main
+
+
+def said(capsys, arguments: list[str]) -> str:
+    """What the parser says of wrong arguments, which is one line."""
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args(arguments)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
+    return line
+
+
+def test_right_arguments_are_parsed():
+    args = parser().parse_args(["save", "x", "--temperature", "0"])
+    assert (args.command, args.out, args.temperature) == ("save", "x", 0.0)
+    args = parser().parse_args(["show", "--dtype", "float32"])
+    assert model_options(args) == {
+        "dtype": "float32",
+        "device": None,
+        "arithmetic": "native",
+        "offload": None,
+        "check_finite": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, meant",
+    [
+        (["save", "x", "--temprature", "0"], "'--temperature'"),
+        (["save", "x", "--temprature=0"], "'--temperature'"),
+        (["show", "--offlaod", "disk"], "'--offload'"),
+        (["sav", "x"], "'save'"),
+    ],
+)
+def test_what_was_meant_is_said(capsys, arguments, meant):
+    assert f"did you mean {meant}?" in said(capsys, arguments)
+
+
+def test_what_nothing_is_close_to_is_said_plainly(capsys):
+    line = said(capsys, ["save", "x", "--zzz"])
+    assert "unexpected argument '--zzz'" in line and "mean" not in line
+    assert "unexpected argument 'y'" in said(capsys, ["save", "x", "y"])
+
+
+def test_a_flag_must_be_written_out(capsys):
+    assert "unexpected argument '--temp'" in said(capsys, ["save", "x", "--temp", "0"])
+
+
+def test_other_ranks_say_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args(["save"])
+    assert end.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_run_turns_a_users_mistake_into_one_line(capsys):
+    def main() -> int:
+        raise MinqwenError("block_size is 0, expected at least 1")
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: block_size is 0, expected at least 1\n"
+
+
+def test_run_leaves_our_own_mistakes_their_traceback():
+    def main() -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(main)
+
+
+def test_run_ends_with_what_main_returns():
+    with pytest.raises(SystemExit) as end:
+        run(lambda: 1)
+    assert end.value.code == 1
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    check_writable(tmp_path / "new", "--json")
+    (tmp_path / "old").write_text("")
+    check_writable(tmp_path / "old", "--json")
+    assert not (tmp_path / "new").exists()
+    for path, problem in ((tmp_path, "is a directory"), (tmp_path / "a" / "b", "no directory")):
+        with pytest.raises(MinqwenError, match=f"--json .*{problem}"):
+            check_writable(path, "--json")
+
+
+@pytest.mark.parametrize("text", ["", "Ü\ud800 \n", None])
+def test_one_rank_shares_text_with_itself(text):
+    assert share_text(Mesh(), text) == text
