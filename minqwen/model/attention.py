@@ -1,8 +1,8 @@
 """Causal attention with grouped key/value heads (GQA, arXiv:2305.13245): dense, and over a cache.
 
 Query head h reads key/value head h // G. The dense form is the definition; the paged form computes
-the same from the blocks of a cache, and tests/model/test_qwen2.py holds that they agree. What both
-do with one group of rows is the arithmetic's: `attend`.
+the same from the blocks of a cache, and tests/model/test_attention.py holds that they agree. What
+both do with one group of rows is the arithmetic's: `attend`.
 """
 
 from __future__ import annotations

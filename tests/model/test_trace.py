@@ -32,7 +32,7 @@ def test_residuals_and_patterns_are_transformers_in_every_bit(embedded_model, or
         assert torch.equal(seen[f"layers.{i}.resid_pre"], oracle.hidden_states[i])
         if i + 1 < layers:
             assert torch.equal(seen[f"layers.{i}.resid_post"], oracle.hidden_states[i + 1])
-    # transformers' last hidden state is normed; the last residual and its norm have names of their own here
+    # transformers' last hidden state is normed; here the last residual and its norm have two names
     assert torch.equal(seen["final_norm"], oracle.hidden_states[-1])
     assert not torch.equal(seen[f"layers.{layers - 1}.resid_post"], seen["final_norm"])
 
@@ -150,8 +150,8 @@ _, mine = model.run_with_cache(ids, "layers.0.attn.q", gather=False)
 assert torch.equal(mine["layers.0.attn.q"], seen["layers.0.attn.q"].chunk(2, dim=2)[mesh.rank])
 half = lambda x, name: x * 0.5
 for name in ("layers.1.attn.k", "layers.1.mlp.act", "layers.0.attn.pattern", "layers.2.resid_mid"):
-    torch.testing.assert_close(model.run_with_hooks(ids, [(name, half)]), whole.run_with_hooks(ids, [(name, half)]),
-                               rtol=1e-3, atol=1e-3)
+    halved = [m.run_with_hooks(ids, [(name, half)]) for m in (model, whole)]
+    torch.testing.assert_close(*halved, rtol=1e-3, atol=1e-3)
 print("ok", mesh.rank)
 """
     result = torchrun(2, code)
