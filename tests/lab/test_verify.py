@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from support.heads import IDS as SMALL_IDS
 from support.heads import build, embedded_weights, extended, random_model
 
 from minqwen.heads.layout import RECIPES, layout
@@ -154,6 +155,23 @@ def test_a_head_that_counts_twice_shows_at_its_place():
     assert max(first) < 3  # each head's own output is right in the first layer
     assert max(report.head_errors[1]) > 1000  # after it, nothing is
     assert report.parameters > 0 and report.layers[0].wrong_sum.keys() == {0, 7, 14, 21}
+
+
+def test_the_first_difference_is_beyond_rounding_or_under_exact_arithmetic_the_first_bit():
+    config, weights = random_model(6, 3)
+    first, second = (f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1))
+    wrong = {**weights, first: weights[first] * (1 + 2**-22), second: weights[second] * 2}
+    maps = inspect_layers(config, config, weights.__getitem__, wrong.__getitem__)
+    for arithmetic, expected in (("native", (1, "o")), ("exact", (0, "o"))):
+        report = compare_models(
+            build(config, weights, arithmetic=arithmetic),
+            build(config, wrong, arithmetic=arithmetic),
+            build(config, weights, dtype=torch.float64),
+            SMALL_IDS,
+            maps,
+            greedy_tokens=2,
+        )
+        assert (report.first_layer, report.first_stage) == expected, arithmetic
 
 
 def test_sizes_that_no_extension_changes_are_told():
