@@ -17,7 +17,7 @@ from torch import Tensor
 from minqwen import Mesh, ModelConfig, Qwen2, Tokenizer
 from minqwen.cli import Parser, check_writable, is_first_rank, model_flags, model_options, run
 from minqwen.errors import MinqwenError
-from minqwen.model.trace import POINTS, Point
+from minqwen.model.trace import POINTS, Point, select
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
@@ -46,6 +46,7 @@ def compute(args: argparse.Namespace) -> dict[str, Tensor]:
     ids = tokenizer.encode(args.text)
     if not ids:
         raise MinqwenError("the text has no tokens: give at least one")
+    select(args.names, ModelConfig.from_json(args.model).num_hidden_layers)  # or raise TraceError
     model = Qwen2.from_pretrained(args.model, mesh=mesh, **model_options(args))
     with torch.inference_mode():
         prompt = torch.tensor([ids], device=model.device)
