@@ -3,114 +3,151 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from support.naive import greedy
-from support.paths import ROOT
+from support.paths import EMBEDDED, ROOT
+from support.tool import run_tool, run_tool_here
 from support.torchrun import torchrun
 
-from minqwen import LLM, SamplingParams
+from minqwen import LLM, Checkpoint, SamplingParams
 from minqwen.lab.tasks import heldout_questions
 
-TOOL = ROOT / "tools" / "generate.py"
+PROMPTS = ["In the beginning", "And it came to pass"]
+TWO_PROMPTS = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
 FLAGS = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12"]
-
-
-def generate(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(TOOL), *args],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
 def one_process() -> list[dict]:
-    result = generate(
-        "--prompt",
-        "In the beginning",
-        "--prompt",
-        "And it came to pass",
-        "--json",
-        "--logprobs",
-        "2",
-        *FLAGS,
-    )
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    result = run_tool("generate.py", *TWO_PROMPTS, "--json", "--logprobs", 2, *FLAGS)
+    assert result.code == 0, result.err
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+def test_text_comes_on_stdout(one_process):
+    result = run_tool("generate.py", "In the beginning", *FLAGS)
+    assert result.code == 0 and result.out == one_process[0]["text"] + "\n"
+    assert "tokens/s" in result.err
 
 
 def test_json_has_everything_and_the_naive_loops_tokens(
     one_process, embedded_model, embedded_tokenizer
 ):
-    for prompt, out in zip(("In the beginning", "And it came to pass"), one_process, strict=True):
+    for prompt, out in zip(PROMPTS, one_process, strict=True):
         ids = embedded_tokenizer.encode(prompt)
         want = greedy(embedded_model, ids, 12)
         assert out["prompt"] == prompt and out["prompt_token_ids"] == ids
-        assert out["token_ids"] == want[: len(out["token_ids"])] and out["finish_reason"] in (
-            "length",
-            "stop",
-        )
+        assert out["token_ids"] == want[: len(out["token_ids"])]
+        assert out["finish_reason"] in ("length", "stop")
         assert out["text"] == embedded_tokenizer.decode(out["token_ids"], skip_special_tokens=True)
-        assert len(out["logprobs"]) == len(out["token_ids"])
-        assert all(
-            entries[0]["id"] == token for entries, token in zip(out["logprobs"], out["token_ids"])
-        )
+        assert [entries[0]["id"] for entries in out["logprobs"]] == out["token_ids"]
         assert out["time_to_first_token_s"] > 0
 
 
 def test_four_ranks_say_the_same_and_rank_0_speaks(one_process):
-    result = torchrun(
-        4,
-        TOOL,
-        ["--prompt", "In the beginning", "--prompt", "And it came to pass", "--json", *FLAGS],
-    )
+    result = torchrun(4, ROOT / "tools" / "generate.py", [*TWO_PROMPTS, "--json", *FLAGS])
     assert result.returncode == 0, result.stderr
     outputs = [json.loads(line) for line in result.stdout.splitlines()]
     assert [o["token_ids"] for o in outputs] == [o["token_ids"] for o in one_process]
 
 
-def test_text_streams_to_stdout_and_nothing_else_does(one_process, tmp_path):
-    streamed = generate("--prompt", "In the beginning", *FLAGS)
-    assert streamed.stdout == one_process[0]["text"] + "\n" and "tokens/s" in streamed.stderr
-    piped = generate("-", "--no-stream", *FLAGS, stdin="In the beginning")
-    assert piped.stdout == streamed.stdout
+def test_prompts_from_standard_input_and_from_a_file(one_process, tmp_path):
+    piped = run_tool("generate.py", "-", "--no-stream", *FLAGS, stdin="In the beginning")
+    assert piped.out == one_process[0]["text"] + "\n" and "tokens/s" in piped.err
     file = tmp_path / "prompts.jsonl"
     file.write_text('"In the beginning"\n{"prompt": "And it came to pass"}\n')
-    both = generate("--prompt-file", str(file), *FLAGS)
-    assert both.stdout == "".join(o["text"] + "\n" for o in one_process)
+    both = run_tool("generate.py", "--prompt-file", file, *FLAGS)
+    assert both.out == "".join(o["text"] + "\n" for o in one_process)
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+class WeightIsReadError(Exception):
+    pass
+
+
+@pytest.fixture
+def unreadable_weights(monkeypatch):
+    """Whoever reads a weight gets a WeightIsReadError."""
+
+    def read(*args, **options):
+        raise WeightIsReadError
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    monkeypatch.setattr(Checkpoint, "check_finite", read)
+
+
+def test_control_a_weight_that_is_read_is_seen(unreadable_weights):
+    with pytest.raises(WeightIsReadError):
+        run_tool_here("generate.py", "x")
 
 
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["--prompt", "x", "--model", "/nowhere"], "/nowhere"),
-        (["--prompt", "x", "--temperature", "-1"], "temperature"),
-        (["--prompt", "x", "--max-model-len", "99999999"], "max_model_len"),
-        (["--prompt", "x", "--block-size", "0"], "block_size"),
+        (["x", "--model", "/nowhere"], "/nowhere"),
+        (["x", "--temprature", "0"], "did you mean '--temperature'"),
+        (["x", "--temperature", "-1"], "temperature"),
+        (["x", "--temperature", "warm"], "--temperature"),
+        (["x", "--top-p", "2"], "top_p"),
+        (["x", "--top-k", "-2"], "top_k"),
+        (["x", "--min-p", "1.5"], "min_p"),
+        (["x", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["x", "--max-tokens", "0"], "max_tokens"),
+        (["x", "--logprobs", "-2"], "logprobs"),
+        (["x", "--stop", ""], "stop"),
+        (["x", "--seed", "-1"], "seed"),
+        (["x", "--max-model-len", "99999999"], "max_model_len"),
+        (["x", "--max-model-len", "1"], "max_model_len"),
+        (["x", "--block-size", "0"], "block_size"),
+        (["x", "--block-size", "257"], "block_size"),
+        (["x", "--arithmetic", "exakt"], "--arithmetic"),
+        (["x", "--arithmetic", "exact", "--dtype", "float64"], "float64"),
+        (["x", "--device", "gpu"], "--device"),
+        (["x", "--dtype", "int3"], "--dtype"),
+        (["x", "--offload", "cloud"], "--offload"),
         (["--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
-        (["--prompt", ""], "no tokens"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_one_line_and_exit_2_before_a_weight_is_read(unreadable_weights, args, says):
+    result = run_tool_here("generate.py", *args)
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    assert says in result.err
+
+
+@pytest.mark.parametrize(
+    "text, line, says",
+    [
+        ('"x"\n{"prompt": 5}\n', 2, "expected a string"),
+        ('\n\n"x\n', 3, "not JSON"),
+        ("5\n", 1, "expected a string"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(args, says):
-    result = generate(*args)
-    assert result.returncode == 2 and result.stdout == ""
-    assert (
-        result.stderr.startswith("error: ")
-        and result.stderr.count("\n") == 1
-        and says in result.stderr
-    )
+def test_a_line_of_a_prompt_file_that_is_no_prompt(tmp_path, unreadable_weights, text, line, says):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text)
+    result = run_tool_here("generate.py", "--prompt-file", file)
+    assert result.code == 2 and result.out == "" and result.err.count("\n") == 1
+    assert f"{file} line {line}: " in result.err and says in result.err
+
+
+def test_a_prompt_without_tokens_is_one_line():
+    result = run_tool("generate.py", "--prompt", "")
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    assert "no tokens" in result.err
+
+
+# ---- skill --------------------------------------------------------------------------------------
 
 
 def test_chat_answers_held_out_sums(embedded_tokenizer):
-    """The embedded model's checkable skill: at least 95 % of sums it was never shown, in bfloat16 as shipped."""
-    llm = LLM(ROOT / "weights" / "embedded", dtype="float32", max_model_len=128, max_num_seqs=64)
+    """The embedded model's skill that can be checked: at least 95 % of sums it was never shown."""
+    llm = LLM(EMBEDDED, dtype="float32", max_model_len=128, max_num_seqs=64)
     questions = heldout_questions()[::4]
     conversations = [[{"role": "user", "content": question.prompt}] for question in questions]
     outputs = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=48), use_tqdm=False)

@@ -1,0 +1,119 @@
+"""tools/trace.py as a user runs it: the table of points, sizes, files, and mistakes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.paths import ROOT
+from support.tool import run_tool, run_tool_here
+from support.torchrun import torchrun
+
+from minqwen import Checkpoint
+from minqwen.model.trace import POINTS
+
+TEXT = "In the beginning"
+NAMES = ["layers.0.attn.z", "*.resid_post", "final_norm"]
+
+
+@pytest.fixture(scope="module")
+def truth(embedded_model, embedded_tokenizer):
+    """What the model itself shows of TEXT, at NAMES."""
+    ids = torch.tensor([embedded_tokenizer.encode(TEXT)])
+    with torch.no_grad():
+        _, seen = embedded_model.run_with_cache(ids, NAMES)
+    return {name: x[0] for name, x in seen.items()}
+
+
+def test_points_are_listed_without_a_model_being_read(monkeypatch):
+    monkeypatch.setattr(Checkpoint, "read", None)
+    result = run_tool_here("trace.py", "points")
+    header, *rows = result.out.splitlines()
+    assert result.code == 0 and result.err == ""
+    assert header.split()[:4] == ["name", "shape", "dtype", "split"] and len(rows) == len(POINTS)
+    for point, row in zip(POINTS, rows):
+        name, alias = point.name, point.alias
+        if point.layered:
+            name, alias = f"layers.N.{name}", f"blocks.N.{alias}"
+        assert row.startswith(name + " ") and f"[{point.shape}]" in row and row.endswith(point.what)
+        assert point.alias is None or f" {alias} " in row
+
+
+def test_what_is_saved_is_what_the_model_shows(truth, tmp_path):
+    out = tmp_path / "seen.safetensors"
+    result = run_tool("trace.py", "save", TEXT, out, "--names", *NAMES, "--dtype", "float32")
+    assert result.code == 0 and result.out == "", result.err
+    saved = load_file(out)
+    assert saved.keys() == truth.keys()
+    for name, x in truth.items():
+        assert torch.equal(saved[name], x), name
+
+
+def test_sizes_are_shown_in_the_order_of_the_model(truth):
+    result = run_tool_here("trace.py", "show", TEXT, "--names", *NAMES, "--dtype", "float32")
+    assert result.code == 0, result.err
+    header, *rows = result.out.splitlines()
+    assert header.split()[0] == "name" and [row.split()[0] for row in rows] == list(truth)
+    for row, x in zip(rows, truth.values()):
+        assert str(list(x.shape)) in row
+        mean, std, largest = map(float, row.split("]")[1].split())
+        assert mean == pytest.approx(x.double().mean().item(), abs=1e-5)
+        assert std == pytest.approx(x.double().std().item(), abs=1e-5)
+        assert largest == pytest.approx(x.abs().max().item(), abs=1e-5)
+
+
+def test_two_ranks_save_whole_tensors_once(truth, tmp_path):
+    out = tmp_path / "seen.safetensors"
+    args = ["save", TEXT, out, "--names", *NAMES, "--dtype", "float32"]
+    result = torchrun(2, ROOT / "tools" / "trace.py", args)
+    assert result.returncode == 0 and result.stdout == "", result.stderr
+    saved = load_file(out)
+    assert saved.keys() == truth.keys()
+    for name, x in truth.items():
+        torch.testing.assert_close(saved[name], x, rtol=1e-4, atol=1e-4, msg=name)
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+class WeightIsReadError(Exception):
+    pass
+
+
+@pytest.fixture
+def unreadable_weights(monkeypatch):
+    """Whoever reads a weight gets a WeightIsReadError."""
+
+    def read(*args, **options):
+        raise WeightIsReadError
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+
+
+def test_control_a_weight_that_is_read_is_seen(unreadable_weights):
+    with pytest.raises(WeightIsReadError):
+        run_tool_here("trace.py", "show", TEXT)
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["save", TEXT, "/nowhere/x"], "/nowhere"),
+        (["save", TEXT, "/"], "is a directory"),
+        (["show", ""], "no tokens"),
+        (["show", TEXT, "--model", "/nowhere"], "/nowhere"),
+        (["show", TEXT, "--names", "nothing"], "nothing"),
+        (["show", TEXT, "--names", "layers.9.attn.z"], "layers.9.attn.z"),
+        (["show", TEXT, "--name", "logits"], "did you mean '--names'"),
+        (["show", TEXT, "--device", "gpu"], "--device"),
+        (["shwo", TEXT], "shwo"),
+        (["points", "--model", "/nowhere"], "/nowhere"),
+        ([], "command"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_mistakes_are_one_line_and_exit_2_before_a_weight_is_read(unreadable_weights, args, says):
+    result = run_tool_here("trace.py", *args)
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    assert says in result.err
