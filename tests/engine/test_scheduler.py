@@ -29,9 +29,11 @@ def queued(scheduler: Scheduler, arrival: int, prompt_ids: list[int]) -> Complet
     return completion
 
 
-def test_decodes_come_first_and_share_a_step_with_a_chunk_of_a_prompt():
-    scheduler = Scheduler(BlockPool(8, 4), max_num_seqs=2, max_num_batched_tokens=6)
-    first, second = queued(scheduler, 0, [5, 6]), queued(scheduler, 1, [1] * 9)
+def test_one_token_of_many_goes_beside_a_chunk_of_a_prompt():
+    """In order of arrival, 6 tokens in a step; within it the parts of one token come first."""
+    scheduler = Scheduler(BlockPool(8, 4), max_num_seqs=3, max_num_batched_tokens=6)
+    first, second = queued(scheduler, 0, [1] * 9), queued(scheduler, 1, [5])
+    third = queued(scheduler, 2, [2] * 4)
 
     def step() -> list[tuple[Completion, int]]:
         parts = [(item.completion, item.count) for item in scheduler.schedule()]
@@ -41,10 +43,11 @@ def test_decodes_come_first_and_share_a_step_with_a_chunk_of_a_prompt():
                 completion.ids.append(0)
         return parts
 
-    assert step() == [(first, 2), (second, 4)]  # in order of arrival, 6 tokens in all
-    assert step() == [(first, 1), (second, 5)]  # all of the second prompt is computed now
-    assert step() == [(first, 1), (second, 1)]
-    assert scheduler.pool.num_free == 8 - 1 - 3  # 4 and 10 tokens in blocks of 4
+    assert step() == [(first, 6)]
+    assert step() == [(second, 1), (first, 3), (third, 2)]
+    assert step() == [(first, 1), (second, 1), (third, 2)]
+    assert step() == [(first, 1), (second, 1), (third, 1)]
+    assert scheduler.pool.num_free == 8 - 3 - 1 - 2  # 11, 3 and 5 tokens in blocks of 4
 
 
 WORDS = st.binary(min_size=8 * 201, max_size=8 * 201).map(

@@ -116,7 +116,7 @@ def test_the_same_flags_are_refused_beside_a_model(embedded_model, options, says
         {"mesh": Mesh()},
         {"check_finite": True},
     ],
-    ids=repr,
+    ids=lambda options: next(iter(options)),
 )
 def test_options_of_loading_are_refused_beside_a_model_that_is_loaded(embedded_model, options):
     refusal(lambda: LLM(embedded_model, **options), next(iter(options)), "loaded already")

@@ -13,6 +13,8 @@ import torch
 from support.exact import adversarial_rows, build, integers, random_model
 
 from minqwen.model import Exact, Native, exact
+from minqwen.model.arithmetic import Linear
+from minqwen.parallel import SINGLE
 
 
 def test_pow2_is_the_next_power_of_two():
@@ -98,6 +100,26 @@ def test_a_linear_is_the_true_sum_whatever_the_order(n, threads):
     assert torch.equal(exact.product(x, w.float()), y)  # widened by the call
     a, b = x[:4].float(), w[:4].float()
     assert not torch.equal(a[:, order] @ b[:, order].T, a @ b.T)  # the control
+
+
+@pytest.mark.parametrize(
+    "ops, equal", [(Exact(), True), (Native(), False)], ids=["exact", "native"]
+)
+def test_a_linear_layer_does_not_depend_on_the_order_of_its_columns(ops, equal):
+    """In float64, where no last rounding hides a sum."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(64, 900, generator=g, dtype=torch.float64) for _ in range(2))
+    order = torch.randperm(900, generator=g)
+
+    def layer(weight):
+        linear = Linear(ops, 900, 64, dtype=torch.float64)
+        linear.weight.copy_(weight)
+        ops.prepare(linear, SINGLE)
+        return linear
+
+    assert torch.equal(layer(weight[:, order])(x[:, order]), layer(weight)(x)) is equal
+    truth = x @ weight.T
+    assert ((layer(weight)(x) - truth).abs() < 2e-6 * truth.abs().max()).all()
 
 
 def test_preparing_twice_changes_nothing_and_keeps_the_tied_embedding():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,3 +56,36 @@ def idle(llm: LLM) -> bool:
     scheduler, pool = llm.core.scheduler, llm.core.pool
     busy = llm.has_unfinished_requests or scheduler.waiting or scheduler.running
     return not busy and pool.num_free == pool.num_blocks
+
+
+def all_deltas(llm: LLM) -> list[Delta]:
+    deltas = []
+    while llm.has_unfinished_requests:
+        deltas += llm.step()
+    return deltas
+
+
+def check_joined(deltas: list[Delta]) -> dict[str, RequestOutput]:
+    """The deltas of each completion, joined, are the completion. Returns the outputs."""
+    outputs = outputs_of(deltas)
+    by_request, by_completion = defaultdict(list), defaultdict(list)
+    for delta in deltas:
+        by_request[delta.request_id].append(delta)
+        by_completion[delta.request_id, delta.index].append(delta)
+    for own in by_request.values():
+        with_output = [i for i, delta in enumerate(own) if delta.output is not None]
+        assert with_output == [len(own) - 1], "one output, with the request's last delta"
+    completions = {(i, c.index): c for i, output in outputs.items() for c in output.outputs}
+    assert completions.keys() == by_completion.keys()
+    for key, completion in completions.items():
+        own = by_completion[key]
+        assert "".join(delta.text for delta in own) == completion.text
+        assert [i for delta in own for i in delta.token_ids] == completion.token_ids
+        if completion.logprobs is None:
+            assert all(delta.logprobs is None for delta in own)
+        else:
+            assert [p for delta in own for p in delta.logprobs or ()] == completion.logprobs
+        assert [delta.finish_reason is None for delta in own[:-1]] == [True] * (len(own) - 1)
+        assert own[-1].finish_reason == completion.finish_reason is not None
+        assert own[-1].stop_reason == completion.stop_reason
+    return outputs
