@@ -11,7 +11,7 @@ import torch
 from support.paths import ROOT
 from support.torchrun import torchrun
 
-from minqwen import LLM, Qwen2, SamplingParams
+from minqwen import LLM, ModelConfig, Qwen2, SamplingParams
 from minqwen.errors import CheckpointError, ConfigError
 
 IDS = [[5, 300, 41, 7, 9, 200, 77], [8, 8, 900]]
@@ -113,8 +113,6 @@ print(json.dumps(max(most, rss()) - before))
 
 
 def test_disk_needs_a_few_layers_of_memory(tmp_path):
-    from minqwen.config import ModelConfig
-
     config = ModelConfig(
         vocab_size=512,
         hidden_size=512,
