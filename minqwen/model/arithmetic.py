@@ -29,8 +29,8 @@ class Linear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     mesh = SINGLE  # the ranks that hold the other columns of this weight's rows
-    # Set by exact arithmetic's `prepare`: which weight it has prepared, in which version, and which
-    # of its columns are not all zero (None: all).
+    # Set by exact arithmetic's `prepare`: which weight it has prepared, in which version; and in a
+    # row-parallel layer which of its columns are not all zero (None: all).
     prepared: tuple[nn.Parameter, int] | None = None
     live: Tensor | None
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError, MinqwenError
-from minqwen.model.arithmetic import Linear, Native
+from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
 from minqwen.model.rope import inverse_frequencies
 from minqwen.model.trace import Tap
 from minqwen.parallel import SINGLE, Mesh
@@ -274,8 +274,9 @@ class Exact(Native):
         if linear.bias is not None:
             bias = linear.bias.double() + 0.0  # no -0
             linear.bias = nn.Parameter(bias, requires_grad=False)
-        live = (wide != 0).any(0)
-        linear.register_buffer("live", None if bool(live.all()) else live, persistent=False)
+        if isinstance(linear, RowParallelLinear):
+            live = (wide != 0).any(0)
+            linear.register_buffer("live", None if bool(live.all()) else live, persistent=False)
         linear.prepared = linear.weight, version(linear.weight)
 
     def rotary_table(
@@ -307,6 +308,8 @@ class Exact(Native):
             )
         if linear.live is not None:
             # What meets only zeros must not move the grid either: the inputs of padded heads.
+            # Only row-parallel layers have this. There every rank holds all rows of its columns.
+            # In the others a column may be zero in the rows of one rank and not of another.
             x = x.where(linear.live, 0.0)
         y = mesh.all_reduce(product(snap_below_norm(x, X_BITS, mesh), linear.weight))
         if linear.bias is None:
