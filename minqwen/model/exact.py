@@ -282,16 +282,22 @@ class Exact(Native):
     def rotary_table(
         self, config: ModelConfig, length: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """As Native's, from float32 angles, but by routines that are the same everywhere."""
+        """As Native's, from float32 angles, but by routines that are the same everywhere.
+
+        On the CPU, whatever the default device is.
+        """
         within(length, CONTEXT, "the context")
         with localcontext() as context:
             context.prec = 50
             theta, d = Decimal(config.rope_theta), config.head_dim
             wavelengths = [float32(theta ** (Decimal(2 * i) / d)) for i in range(d // 2)]
             inv_freq, factor = inverse_frequencies(
-                config, torch.float32, torch.tensor(wavelengths, dtype=torch.float32), log
+                config,
+                torch.float32,
+                torch.tensor(wavelengths, dtype=torch.float32, device="cpu"),
+                log,
             )
-        cos, sin = cos_sin(torch.arange(length).float()[:, None] * inv_freq)
+        cos, sin = cos_sin(torch.arange(length, device="cpu").float()[:, None] * inv_freq)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         return (cos * factor).to(dtype), (sin * factor).to(dtype)
 
@@ -321,8 +327,9 @@ class Exact(Native):
         wide = widened(x)
         squares = wide * wide
         squares = snap(squares, pow2(squares.amax(-1, keepdim=True)) * 2.0**-SQUARE_BITS)
-        mean = squares.sum(-1, keepdim=True) / x.shape[-1]
-        return weight * wide.mul_(1 / sqrt(mean + eps)).to(x.dtype)
+        # CUDA multiplies by the reciprocal of a plain number, a CPU divides by it: so it is said.
+        mean = squares.sum(-1, keepdim=True) * (1.0 / x.shape[-1])
+        return weight * wide.mul_(sqrt(mean + eps).reciprocal()).to(x.dtype)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         act, rows = torch.empty_like(gate), rows_at_once(gate)
@@ -354,7 +361,7 @@ class Exact(Native):
             scores[..., -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
         scores = tap("attn.scores", scores).double()
         p = snap(exp(scores - scores.amax(-1, keepdim=True)), 2.0**-EXP_BITS)
-        pattern = tap("attn.pattern", p.mul_(1 / p.sum(-1, keepdim=True))).double()
+        pattern = tap("attn.pattern", p.mul_(p.sum(-1, keepdim=True).reciprocal())).double()
         wide = widened(v)
         tops = pow2(wide.abs().amax(-1, keepdim=True)).clamp_min_(2.0**-200)  # [N, heads, L, 1]
         wide.div_(tops)

@@ -2,7 +2,8 @@
 
 The formulas and their order are those of transformers' `modeling_rope_utils.py`, so that float32
 tables have its bits. YaRN is static: the same frequencies and the same scale at every position of
-every prompt.
+every prompt. Tables are made on the CPU, whatever torch's default device is, and moved after that:
+another device's pow, cos and sin have other bits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Log = Callable[[float], float]
 
 def wavelengths_of(config: ModelConfig, dtype: torch.dtype) -> Tensor:
     """theta^(2i/d): positions per radian of each pair of dimensions. [d/2]"""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(dtype) / config.head_dim
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")
+    exponents = pairs.to(dtype) / config.head_dim
     wavelengths: Tensor = config.rope_theta**exponents
     return wavelengths
 
@@ -44,7 +46,7 @@ def inverse_frequencies(
         return 1.0 / wavelengths, 1.0
     extrapolated, interpolated = 1.0 / wavelengths, 1.0 / (scaling.factor * wavelengths)
     low, high = yarn_range(config.head_dim, config.rope_theta, scaling, log)
-    pairs = torch.arange(config.head_dim // 2, dtype=dtype)
+    pairs = torch.arange(config.head_dim // 2, dtype=dtype, device="cpu")
     ramp = torch.clamp((pairs - low) / (high - low), 0, 1)
     # 1 for fast dimensions, which are left alone; 0 for slow ones, which the factor interpolates.
     keep = 1 - ramp
@@ -92,7 +94,7 @@ def rotary_table(config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     inv_freq, factor = inverse_frequencies(config, compute)
-    positions = torch.arange(length, dtype=torch.int64).to(compute)
+    positions = torch.arange(length, dtype=torch.int64, device="cpu").to(compute)
     angles = positions[:, None] * inv_freq  # [length, d/2]
     angles = torch.cat((angles, angles), dim=-1)  # [length, d]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
