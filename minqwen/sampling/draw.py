@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minqwen.errors import SamplingError
 from minqwen.sampling.kernels import draw_many, partition, put, take
 from minqwen.sampling.logprobs import Logprob, logprobs_of, wide
 from minqwen.sampling.params import SamplingParams
@@ -99,17 +99,16 @@ class Row:
 def bad_word_ids(
     words: Iterable[str], encode: Callable[[str], Sequence[int]]
 ) -> tuple[tuple[int, ...], ...]:
-    """Token sequences to ban: each word as it stands and after a space (vLLM's rule).
+    """Token sequences to ban: each word as it stands and after a space, however long each is.
 
-    The one after a space counts only if it is as long and begins with another token. Only these
+    vLLM bans the one after a space only if it is as long as the other: then most words of Qwen2.5's
+    vocabulary, one token after a space and several without, may still be written. Only these two
     tokenisations are banned: a model may still spell a word with other tokens.
     """
     found: dict[tuple[int, ...], None] = {}  # an ordered set
     for word in words:
-        bare, spaced = tuple(encode(word.lstrip())), tuple(encode(" " + word.lstrip()))
-        found[bare] = None
-        if len(spaced) == len(bare) and spaced[0] != bare[0]:
-            found[spaced] = None
+        found[tuple(encode(word.lstrip()))] = None
+        found[tuple(encode(" " + word.lstrip()))] = None
     return tuple(found)
 
 
@@ -119,15 +118,16 @@ def sample(
     """One token per row. logits [B, V], any float dtype and device, are not changed.
 
     Returns the ids, and the logprobs: None if no row asks for them, else None for each row that
-    does not. An id is -1 where none can be drawn: the row's logits hold NaN or +inf, or nothing is
-    allowed. Raises SamplingError for a row that names an id outside the logits.
+    does not. An id is -1 where none can be drawn: the row's scores hold NaN or +inf, or nothing is
+    allowed, or the row forces or changes an id outside the logits. No row raises an error: that
+    would stop its neighbours too.
     """
     tokens = [-1] * len(rows)
     plain, changed = [], []
     for i, row in enumerate(rows):
         forced = row.forced
         if forced is not None:
-            tokens[i] = forced
+            tokens[i] = forced if forced < logits.shape[1] else -1
         elif row.plain:
             plain.append(i)
         else:
@@ -197,14 +197,13 @@ class Entries:
         self.parts: list[NDArray[np.float64]] = []
 
     def add(self, row: int, ids: Collection[int], numbers: NDArray[np.float64]) -> None:
-        """Some ids of a row. Raises SamplingError for an id outside the logits."""
+        """Some ids of a row. An id outside the logits makes the row NaN: it has no token then."""
         if not ids:
             return
+        if max(ids) >= self.width:
+            self.x[row] = math.nan
+            return
         places = np.fromiter(ids, np.int64, len(ids))
-        if places.max() >= self.width:
-            raise SamplingError(
-                f"token id {places.max()} in a request: expected ids from 0 to {self.width - 1}"
-            )
         self.places.append(places + row * self.width)
         self.parts.append(numbers)
 
@@ -224,7 +223,7 @@ class Entries:
 def transform(x: Tensor, rows: Sequence[Row]) -> Tensor:
     """Penalties, bias and bans on x [R, V], in place: only the entries concerned are touched.
 
-    x is contiguous. Raises SamplingError for an id outside the logits.
+    x is contiguous. A row that changes an id outside the logits becomes NaN.
     """
     for row in rows:
         if row.penalised:
@@ -275,7 +274,8 @@ def _add_bias(x: Tensor, rows: Sequence[Row]) -> None:
 def _ban(x: Tensor, rows: Sequence[Row]) -> None:
     entries = Entries(x)
     for r, row in enumerate(rows):
-        banned = row.banned()
+        # The model cannot choose what it has no logit for, such as an eos id beyond its vocabulary.
+        banned = [i for i in row.banned() if i < x.shape[1]]
         entries.add(r, banned, np.full(len(banned), -INF))
     if entries.found:
         x.view(-1)[entries.where()] = -INF

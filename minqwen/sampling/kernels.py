@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from minqwen.sampling.params import SamplingParams
-from minqwen.sampling.warp import INF
+from minqwen.sampling.warp import INF, divisor
 
 BLOCK = 128  # entries of the vocabulary whose sum or maximum is taken at once
 
@@ -112,18 +112,19 @@ class Rows(NamedTuple):
 def draw_many(x: Tensor, params: list[SamplingParams], u: list[float]) -> list[int]:
     """draw(warp(x[r], params[r]), u[r]) for the rows of x [R, V], float32 or float64.
 
-    The id is -1 where none can be drawn: the row holds NaN or +inf, or nothing but -inf.
+    The id is -1 where none can be drawn: the row holds NaN or +inf, or nothing but -inf, or its
+    largest logit overflows when the temperature divides it.
     """
     x = padded(x)
     rows = Rows(
         x,
-        torch.tensor([[p.temperature] for p in params], dtype=x.dtype),
+        torch.tensor([[divisor(p.temperature, x.dtype)] for p in params], dtype=x.dtype),
         x.amax(-1, keepdim=True).cpu(),
         torch.tensor(u, dtype=torch.float64)[:, None],
         params,
     )
     ids = [-1] * len(params)
-    usable, _ = partition(rows.top[:, 0].isfinite().tolist())
+    usable, _ = partition((rows.top / rows.t)[:, 0].isfinite().tolist())
     if usable:
         put(ids, usable, _draw(rows.some(usable)))
     return ids

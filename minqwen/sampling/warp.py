@@ -28,6 +28,14 @@ def uniform(seed: int, index: int, position: int) -> float:
     return ((c[0] >> 5) * 2**26 + (c[1] >> 6)) * 2.0**-53
 
 
+def divisor(temperature: float, dtype: torch.dtype) -> float:
+    """The temperature, at most the largest number of dtype.
+
+    Beyond it would be infinity, and -inf / inf is NaN.
+    """
+    return min(temperature, torch.finfo(dtype).max)
+
+
 def warp(scores: Tensor, params: SamplingParams) -> Tensor:
     """Scores [V] after temperature, top_k, top_p and min_p: -inf for the tokens that are dropped.
 
@@ -39,7 +47,8 @@ def warp(scores: Tensor, params: SamplingParams) -> Tensor:
     open). Sums are float64, rounded to the scores' dtype where they are compared. transformers adds
     in that dtype, which differs only where a sum is within its rounding of 1 - top_p.
     """
-    x = scores / torch.tensor(params.temperature, dtype=scores.dtype, device=scores.device)
+    temperature = divisor(params.temperature, scores.dtype)
+    x = scores / torch.tensor(temperature, dtype=scores.dtype, device=scores.device)
     if 0 < params.top_k < len(x):
         x = x.masked_fill(x < x.topk(params.top_k).values[-1], -INF)
     if params.top_p < 1:

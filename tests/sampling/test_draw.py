@@ -7,7 +7,6 @@ import pytest
 import torch
 from support.sampling import INF, NAN, by_hand, logits_like, make_row, random_row
 
-from minqwen.errors import SamplingError
 from minqwen.sampling.draw import bad_word_ids, sample
 from minqwen.sampling.params import SamplingParams
 
@@ -81,15 +80,72 @@ def test_a_row_that_cannot_be_drawn_is_minus_one_and_harms_no_other():
     assert [i for i, entry in enumerate(logprobs) if entry is None] == [0, 2, 4, 6, 8, 9]
 
 
-def test_an_id_outside_the_logits_is_refused():
-    for field in (dict(repetition_penalty=2), dict(logit_bias={4: 1})):
-        with pytest.raises(SamplingError, match="token id 4 .* 0 to 3"):
-            sample(torch.zeros(1, 4), [make_row(SamplingParams(**field), [4])])
+@pytest.mark.parametrize(
+    "field",
+    [
+        dict(repetition_penalty=2),
+        dict(logit_bias={4: 1}),
+        dict(logit_bias={10**30: 1}),
+        dict(logit_bias={4: 1}, temperature=0),
+        dict(forced_ids=[4], logprobs=1),
+    ],
+)
+def test_a_row_that_changes_an_id_outside_the_logits_fails_alone(field):
+    good = make_row(SamplingParams(temperature=0, logprobs=1))
+    bad = make_row(SamplingParams(**field), [4])
+    tokens, logprobs = sample(torch.zeros(3, 4), [good, bad, good])
+    assert tokens == [0, -1, 0] and logprobs[1] is None and logprobs[0] == logprobs[2]
+
+
+def test_an_end_or_a_bad_word_outside_the_logits_needs_no_ban():
+    p = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[4, 10**30, 1])
+    x = torch.tensor([[1.0, 3.0, 2.0, 2.5]])
+    row = make_row(p, (), [0], eos_token_ids=(3, 9), bad_words=((7,), (0, 8)))
+    assert sample(x, [row])[0] == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "cut", [dict(), dict(top_k=3), dict(top_p=0.9), dict(min_p=0.1), dict(top_k=10**30)]
+)
+def test_any_temperature_draws_among_what_is_allowed(dtype, cut):
+    """1e39 is infinite in float32: -inf / inf is NaN, and so was the row's sum."""
+    x = torch.arange(300, dtype=dtype).repeat(40, 1)
+    mask = torch.zeros(300, dtype=torch.bool)
+    mask[[5, 150, 299]] = True
+    for temperature in (1e30, 1e38, 1e39, 1e299):
+        p = SamplingParams(temperature=temperature, **cut)
+        rows = [make_row(p, seed=i, mask=mask) for i in range(40)]
+        tokens = sample(x, rows)[0]
+        assert set(tokens) == {5, 150, 299}
+        assert tokens == [by_hand(x[0], row) for row in rows]
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38])
+@pytest.mark.parametrize("cut", [dict(), dict(top_k=3), dict(top_p=0.9), dict(min_p=0.1)])
+def test_a_row_whose_scores_overflow_fails_alone(value, cut):
+    x = torch.zeros(3, 300)
+    x[1] = value
+    hot = SamplingParams(temperature=0.1, **cut)
+    alone = sample(x[:1], [make_row(hot, seed=7)])[0]
+    assert sample(x, [make_row(hot, seed=7) for _ in x])[0] == [*alone, -1, *alone]
+    for penalty in (1e-299, 1e299):  # 0 and infinite in float32
+        bad = SamplingParams(repetition_penalty=penalty, **cut)
+        tokens = sample(x, [make_row(hot, seed=7), make_row(bad, [3]), make_row(hot, seed=7)])[0]
+        assert [tokens[0], tokens[2]] == alone * 2 and -1 <= tokens[1] < 300
+
+
+def test_a_row_of_nothing_but_minus_infinity_fails_alone():
+    x = torch.zeros(3, 300)
+    x[1] = -INF
+    for p in (SamplingParams(temperature=1e39, top_k=5), SamplingParams(), SamplingParams(min_p=1)):
+        tokens = sample(x, [make_row(p, seed=i) for i in range(3)])[0]
+        assert tokens[1] == -1 and tokens[0] >= 0 and tokens[2] >= 0
 
 
 def test_bad_words():
     encode = lambda text: [ord(c) for c in text.replace(" a", "A")]  # noqa: E731  " a" is a token of its own
-    wanted = ((97, 98), (65, 98), (99,), (97,), (65,))
+    wanted = ((97, 98), (65, 98), (99,), (32, 99), (97,), (65,))
     assert bad_word_ids(["ab", "c", " a"], encode) == wanted
     x = torch.zeros(1, 200)
     x[0, [98, 99]] = torch.tensor([9.0, 5.0])

@@ -118,4 +118,6 @@ def by_hand(logits: Tensor, row: Row) -> int:
         return -1
     if p.temperature == 0:
         return int((x == x.max()).nonzero()[0, 0])
+    if not warp(x, p).max().isfinite():
+        return -1
     return draw(warp(x, p), uniform(row.seed, row.index, len(output)))
