@@ -12,6 +12,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import stat
 from collections import Counter
@@ -50,6 +51,24 @@ def printable(text: str) -> str:
 
 
 # ---- reading ------------------------------------------------------------------------------------
+
+
+def check_directory(path: Path, error: type[MinqwenError]) -> None:
+    """Raise `error` unless `path` is a directory. A Hugging Face name is recognised and explained.
+
+    Whoever opens a model's directory asks this first, so that a mistyped name has one answer.
+    """
+    if path.is_dir():
+        return
+    if os.path.lexists(path):
+        raise _bad(path, "is a file, expected the directory that holds it and config.json", error)
+    text = "no such directory, expected one with config.json and model.safetensors"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        text += (
+            "; nothing is downloaded here: if this is a Hugging Face name, run "
+            f"`hf download {path} --local-dir DIR` and give DIR"
+        )
+    raise _bad(path, text, error)
 
 
 def check_regular(path: Path, error: type[MinqwenError]) -> Stamp:

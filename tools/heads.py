@@ -175,6 +175,13 @@ def extend_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of one weight file",
     )
+    overwrite_flag(parser)
+
+
+def overwrite_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint that is at DST"
+    )
 
 
 def extend(args: argparse.Namespace) -> int:
@@ -190,7 +197,15 @@ def extend(args: argparse.Namespace) -> int:
         intermediate_block=args.intermediate_block,
     )
     write = convert.extend if config.quantization_config is None else packed.extend_packed
-    write(args.src, args.dst, to, arch=args.arch, max_file_bytes=args.max_file_bytes, progress=True)
+    write(
+        args.src,
+        args.dst,
+        to,
+        arch=args.arch,
+        max_file_bytes=args.max_file_bytes,
+        progress=True,
+        overwrite=args.overwrite,
+    )
     print(slot_map(to))
     target = extended_config(config, to, args.arch)
     print(f"wrote {args.dst}: parameters {cost(config, target).parameters:+,}")
@@ -214,13 +229,20 @@ def shrink_flags(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="largest drift to let pass (default 0)",
     )
+    overwrite_flag(parser)
 
 
 def shrink(args: argparse.Namespace) -> int:
     if ModelConfig.from_json(args.src).quantization_config is None:
-        convert.shrink(args.src, args.dst, tolerance=args.tolerance, progress=True)
+        convert.shrink(
+            args.src,
+            args.dst,
+            tolerance=args.tolerance,
+            progress=True,
+            overwrite=args.overwrite,
+        )
     else:
-        packed.shrink_packed(args.src, args.dst, progress=True)
+        packed.shrink_packed(args.src, args.dst, progress=True, overwrite=args.overwrite)
     print(f"wrote {args.dst}")
     return 0
 
@@ -296,6 +318,8 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def print_report(report: Report) -> None:
+    if report.problems:
+        print(f"different: {report.problems[0]}")
     greedy = "the same" if report.greedy_match else "differs"
     print(
         f"{report.verdict}: error {report.units:.3g} times the original's own in {report.dtype}, "
@@ -303,8 +327,10 @@ def print_report(report: Report) -> None:
         f"top-1 {report.top1:.2%}, perplexity x {report.perplexity_ratio:.4g}, "
         f"greedy text {greedy})"
     )
-    for problem in report.problems:
+    for problem in report.problems[1:]:
         print(f"  {problem}")
+    for limit in report.not_exposed:
+        print(f"  not shown by this: {limit}")
     if report.first_stage:
         print(f"  first difference: layer {report.first_layer}, {report.first_stage}")
     heads, kv = (

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minqwen.checkpoint import write_checkpoint
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
+from minqwen.checkpoint.writer import check_other_directory, check_replaceable
 from minqwen.cli import Parser, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import CheckpointError
@@ -95,17 +96,16 @@ def config_of(args: argparse.Namespace) -> ModelConfig:
     return config
 
 
-def check_free(dst: Path) -> None:
-    """DST must not exist, or be an empty directory."""
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise CheckpointError(f"{dst}: exists; choose another directory or pass --overwrite")
+def directory_of(config: Path) -> Path:
+    return config if config.is_dir() else config.parent
 
 
 def main() -> int:
     args = parse_args()
     config = config_of(args)
-    if not args.overwrite:
-        check_free(args.dst)
+    if args.config is not None:
+        check_other_directory(directory_of(Path(args.config)), args.dst)
+    check_replaceable(args.dst, args.overwrite)
     with tqdm(total=config.weight_bytes(), unit="B", unit_scale=True, desc=str(args.dst)) as bar:
 
         def counted() -> Iterator[tuple[str, Tensor]]:
@@ -119,6 +119,7 @@ def main() -> int:
             counted(),
             max_file_bytes=args.max_file_bytes,
             sources=args.tokenizer,
+            overwrite=args.overwrite,
         )
     said = {
         "path": str(args.dst),

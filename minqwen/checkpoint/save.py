@@ -19,6 +19,7 @@ def save_pretrained(
     sources: str | os.PathLike[str] | None = None,
     extra_files: Mapping[str, Content] | None = None,
     omit: Collection[str] = (),
+    overwrite: bool = False,
 ) -> None:
     """Write a model as a Hugging Face directory, atomically, in the dtype that it has in memory.
 
@@ -41,6 +42,7 @@ def save_pretrained(
         sources=sources,
         extra_files=extra_files,
         omit=omit,
+        overwrite=overwrite,
     )
 
 

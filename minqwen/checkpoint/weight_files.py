@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minqwen.errors import CheckpointError
-from minqwen.files import and_more, quoted, read_json_object
+from minqwen.files import and_more, check_directory, quoted, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 4 * 10**9  # of a weight file, as Qwen published theirs
@@ -86,30 +86,18 @@ def find_weight_files(directory: Path) -> dict[str, set[str] | None]:
     return files
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a file has the name of a checkpoint's weight file."""
+    return _OURS.fullmatch(name) is not None
+
+
 def list_directory(directory: Path) -> list[str]:
     """The sorted names in a checkpoint directory; CheckpointError if it is none."""
-    if not directory.is_dir():
-        raise _no_directory(directory)
+    check_directory(directory, CheckpointError)
     try:
         return sorted(os.listdir(directory))
     except OSError as e:
         raise CheckpointError(f"{directory}: cannot be listed ({e.strerror})") from None
-
-
-def _no_directory(directory: Path) -> CheckpointError:
-    if directory.exists():
-        return CheckpointError(
-            f"{directory}: is a file, expected the directory that holds it and config.json"
-        )
-    hint = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-        hint = (
-            "; nothing is downloaded here: if this is a Hugging Face name, run "
-            f"`hf download {directory} --local-dir DIR` and give DIR"
-        )
-    return CheckpointError(
-        f"{directory}: no such directory, expected one with config.json and {SINGLE}{hint}"
-    )
 
 
 def _instead(present: list[str]) -> str:

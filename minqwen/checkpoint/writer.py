@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,21 +30,28 @@ from minqwen.checkpoint.weight_files import (
     FileLayout,
     TensorSpec,
     index_text,
+    is_weight_file,
     lay_out_files,
 )
 from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError
-from minqwen.files import and_more, check_regular, quoted, replacing_directory
+from minqwen.files import and_more, check_regular, printable, quoted, replacing_directory
 
 NamedTensors: TypeAlias = Iterable[tuple[str, Tensor]]
 Tensors: TypeAlias = NamedTensors | Callable[[set[str]], NamedTensors]
 Content: TypeAlias = bytes | str | Callable[[], bytes | str]
 
+HEADS_MANIFEST = "minqwen_heads.json"  # beside the weights of an extension (heads/manifest.py)
 QUANTIZE_CONFIG = "quantize_config.json"  # AutoGPTQ's own: true only of packed weights
 
-# Suffixes of the tokenizer's files, templates, licences and the like: of no weights.
-_COMPANIONS = (".json", ".jinja", ".txt", ".md", ".model", "")
-_NOT_COPIED = re.compile(r"config\.json|adapter_config\.json|.*\.index\.json|\..*")
+# What a checkpoint has besides config.json and its weights. These files are copied from a source,
+# and these may be removed with a checkpoint that is replaced. All others are somebody's own.
+_COMPANION = re.compile(
+    r"tokenizer[\w.-]*\.(json|model)|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json"
+    r"|added_tokens\.json|chat_template\.(jinja|json)|generation_config\.json"
+    r"|quant(ize)?_config\.json|configuration\.json"
+)
+_PROSE = re.compile(r"(licen[cs]e|notice|copying|usage_policy|readme)([-_.]\w+)*", re.IGNORECASE)
 _EXTRA = re.compile(r"(?!config\.json$|.*\.index\.json$|.*\.safetensors$)[\w-][\w.-]*")
 _JOURNAL = ".written"  # names of the tensors that are on the disk, one a line
 
@@ -59,6 +67,7 @@ def write_checkpoint(
     dtypes: Mapping[str, torch.dtype] | None = None,
     omit: Collection[str] = (),
     resume: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write an unquantised checkpoint: `write_directory` with the tensors that `config` describes.
 
@@ -77,6 +86,7 @@ def write_checkpoint(
         extra_files=extra_files,
         omit=omit,
         resume=resume,
+        overwrite=overwrite,
     )
 
 
@@ -92,6 +102,7 @@ def write_directory(
     extra_files: Mapping[str, Content] | None = None,
     omit: Collection[str] = (),
     resume: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write config.json, the weight files, their index if there are several, and companion files.
 
@@ -107,15 +118,18 @@ def write_directory(
                  goes on from there. `tensors` is then a function of the set of names that are
                  written already, and gives the others
 
-    A dst that exists is replaced only if it is a checkpoint and nothing else. Raises
-    CheckpointError, for a tensor that does not fit, a dst that must not be replaced or a full disk;
-    dst is then as it was.
+    overwrite    replace a dst that exists, if it is a checkpoint and nothing else
+
+    Raises CheckpointError, for a tensor that does not fit, a dst that is also the source or must
+    not be replaced, or a full disk; dst is then as it was.
     """
     destination = Path(os.path.realpath(dst))  # what a link points to is replaced, not the link
     extra_files = extra_files or {}
     files = lay_out_files(specs, max_file_bytes)
     _check_extra_names(destination, extra_files)
-    _check_replaceable(destination)
+    if sources is not None:
+        check_other_directory(Path(sources), destination)
+    check_replaceable(destination, overwrite, extra_files)
     if config_json.get("quantization_config") is None:
         omit = {*omit, QUANTIZE_CONFIG}
     with replacing_directory(destination, CheckpointError, resume) as directory:
@@ -129,6 +143,7 @@ def write_directory(
         writer = _WeightWriter(directory, specs, files, resumable=resume is not None)
         writer.put_all(tensors)
         for name, content in extra_files.items():
+            (directory / name).unlink(missing_ok=True)  # a companion's mode may forbid writing
             (directory / name).write_bytes(_bytes_of(content))
         check(directory)
 
@@ -140,20 +155,44 @@ def _bytes_of(content: Content) -> bytes:
 
 
 def copy_companions(source: Path, directory: Path, omit: Collection[str] = ()) -> None:
-    """Copy what a checkpoint has besides weights and configs: tokenizer, templates, licence."""
+    """Copy what a checkpoint has besides weights and configs: tokenizer, templates, licence.
+
+    Modes are kept. A link that leads out of the source is not copied, and a warning says so: what
+    lies there may be nobody else's business. Hugging Face's cache is made of links to its blobs;
+    these are followed.
+    """
     if not source.is_dir():
         raise CheckpointError(
             f"{source}: is not a directory, expected the one with the tokenizer's files"
         )
     for path in sorted(source.iterdir()):
-        if _is_companion(path) and path.name not in omit:
-            check_regular(path, CheckpointError)
-            shutil.copyfile(path, directory / path.name)
+        if _is_companion(path.name) and path.name not in omit and not path.is_dir():
+            _copy_companion(path, directory / path.name)
 
 
-def _is_companion(path: Path) -> bool:
-    wanted = path.suffix in _COMPANIONS and not _NOT_COPIED.fullmatch(path.name)
-    return wanted and not path.is_dir()
+def _copy_companion(path: Path, to: Path) -> None:
+    if _leads_out(path):
+        where = os.path.realpath(path)
+        text = f"{path}: is a link to {where}, outside of the checkpoint, and is not copied"
+        warnings.warn(printable(text), stacklevel=2)
+        return
+    if _PROSE.fullmatch(path.name) and path.is_file() and not path.stat().st_size:
+        return  # an empty note is no sign of damage
+    check_regular(path, CheckpointError)
+    to.unlink(missing_ok=True)  # what a killed writer left may have a mode that forbids writing
+    shutil.copy(path, to)
+
+
+def _leads_out(path: Path) -> bool:
+    """Whether a link leads neither into its own directory nor to the blobs of the same cache."""
+    directory, target = path.parent.resolve(), path.resolve()
+    cache = directory.parent.parent / "blobs"  # models--NAME/snapshots/REVISION and blobs
+    in_cache = directory.parent.name == "snapshots" and target.parent == cache
+    return not target.is_relative_to(directory) and not in_cache
+
+
+def _is_companion(name: str) -> bool:
+    return bool(_COMPANION.fullmatch(name) or _PROSE.fullmatch(name))
 
 
 def _specs(config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorSpec]:
@@ -184,24 +223,51 @@ def _check_extra_names(destination: Path, extra_files: Iterable[str]) -> None:
             )
 
 
-def _check_replaceable(destination: Path) -> None:
+def check_other_directory(source: Path, destination: Path) -> None:
+    """Raise CheckpointError if replacing `destination` would remove `source` or files it links to.
+
+    Directories are compared as the file system knows them, so that another path, a link, or another
+    case of letters makes no difference.
+    """
+    if not destination.exists() or not source.exists():
+        return
+    directories = {path.resolve().parent for path in (source, *source.iterdir()) if path.is_file()}
+    for directory in (source, *directories):
+        if directory.exists() and os.path.samefile(directory, destination):
+            raise CheckpointError(
+                f"{destination}: is also where {source} is read from, expected another directory "
+                "to write to; choose one"
+            )
+
+
+def check_replaceable(
+    destination: Path, overwrite: bool = False, extra_files: Collection[str] = ()
+) -> None:
     """A destination that exists must be empty, or a checkpoint with nothing that would be lost."""
     if not destination.name or (destination.exists() and not destination.is_dir()):
         raise CheckpointError(
             f"{destination}: is not a directory that can be replaced; choose another"
         )
     present = _entries(destination)
-    if present and not _is_checkpoint(present):
+    if not present:
+        return
+    if not _is_checkpoint(present):
         raise CheckpointError(
             f"{destination}: exists and is not a checkpoint (it holds "
             f"{quoted(present[0].name)}{and_more(present)}); it is not replaced: choose another "
             "directory"
         )
-    foreign = [path.name for path in present if not _may_be_replaced(path)]
+    foreign = [path.name for path in present if not _may_be_replaced(path, extra_files)]
     if foreign:
         raise CheckpointError(
-            f"{destination}: holds {quoted(foreign[0])}, which is no part of a checkpoint and "
-            "would be lost; it is not replaced: choose another directory or move that away"
+            f"{destination}: holds {', '.join(map(quoted, foreign[:8]))}, which no checkpoint has "
+            "and which would be lost; it is not replaced: choose another directory or move that "
+            "away"
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"{destination}: exists; choose another directory, or pass --overwrite "
+            "(overwrite=True) to replace it"
         )
 
 
@@ -210,8 +276,11 @@ def _is_checkpoint(present: list[Path]) -> bool:
     return "config.json" in names and not names.isdisjoint({SINGLE, INDEX})
 
 
-def _may_be_replaced(path: Path) -> bool:
-    return path.is_file() and path.suffix in (*_COMPANIONS, ".safetensors")
+def _may_be_replaced(path: Path, extra_files: Collection[str]) -> bool:
+    """A file that a checkpoint has, or one that is written anew."""
+    name = path.name
+    weights = name in ("config.json", INDEX, HEADS_MANIFEST) or is_weight_file(name)
+    return path.is_file() and (weights or name in extra_files or _is_companion(name))
 
 
 def _entries(destination: Path) -> list[Path]:

@@ -29,6 +29,7 @@ def extend(
     arch: str = "qwen2",
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write the checkpoint `src` in the layout `to`, atomically, one tensor in memory at a time.
 
@@ -61,6 +62,7 @@ def extend(
             extra_files={MANIFEST: manifest},
             dtypes={name: source.dtype(name) for name in source.names},
             resume=_content_name(source, to, arch, config, max_file_bytes),
+            overwrite=overwrite,
         )
 
 
@@ -105,12 +107,14 @@ def shrink(
     tolerance: float = 0.0,
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Undo `extend`: write the source's checkpoint again, byte for byte.
 
     Refuses, naming the tensor and the residual of each slot, if the weights are no longer what
     `extend` would write (they were trained on, say). `tolerance` is the largest residual that is
-    accepted. Raises HeadsError or CheckpointError; dst is then as it was.
+    accepted; where it is 0, every tensor must also have the SHA-256 that was recorded. Raises
+    HeadsError or CheckpointError; dst is then as it was.
     """
     manifest = require_manifest(src)
     target = Checkpoint(src)
@@ -118,23 +122,30 @@ def shrink(
     manifest.check_fits(target.config, src)
     config = manifest.config(src)
     names = list(config.parameter_shapes())
+    # extend takes no digest of o_proj.bias, which only the llama layout has and which is zero.
+    manifest.check_names({name for name in names if not name.endswith("o_proj.bias")}, src)
     with _bar("shrinking", len(names), progress) as bar:
         write_checkpoint(
             dst,
             config,
-            _shrunk(target, names, manifest.layout, tolerance, bar),
+            _shrunk(target, names, manifest, tolerance, bar),
             max_file_bytes=max_file_bytes,
             sources=src,
             dtypes={name: target.dtype(name) for name in names},
             omit={MANIFEST},
+            overwrite=overwrite,
         )
 
 
 def _shrunk(
-    target: Checkpoint, names: list[str], to: Layout, tolerance: float, bar: tqdm[NoReturn]
+    target: Checkpoint,
+    names: list[str],
+    manifest: Manifest,
+    tolerance: float,
+    bar: tqdm[NoReturn],
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
-        tensor, residuals = shrink_tensor(name, target.read(name), to)
+        tensor, residuals = shrink_tensor(name, target.read(name), manifest.layout)
         # "not <=", because a NaN is drift too.
         drift = {slot: r for slot, r in residuals.items() if not r <= tolerance}
         if drift:
@@ -143,6 +154,8 @@ def _shrunk(
                 f"{target.path}: {name} has drifted from its layout in {len(drift)} slots (largest "
                 f"difference per slot: {slots}): it is no longer an extension of its source"
             )
+        if not tolerance:
+            manifest.check_source_tensor(name, tensor, target.path)
         yield name, tensor
         bar.update()
 

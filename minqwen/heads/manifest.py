@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from minqwen.checkpoint.writer import HEADS_MANIFEST
 from minqwen.checks import mapping, one_of
 from minqwen.config import ModelConfig
 from minqwen.errors import HeadsError, MinqwenError
-from minqwen.files import read_json_object
+from minqwen.files import and_more, quoted, read_json_object
 from minqwen.heads.layout import ARCHS, Layout
+from minqwen.heads.tensors import sha256
 
-MANIFEST = "minqwen_heads.json"
+MANIFEST = HEADS_MANIFEST
+
+FORMAT = 2  # 1 had no digest of its own
+DIGEST = "sha256"  # of everything else in the manifest
+KEYS = {"format", "layout", "arch", "source_config", "source_sha256"}
 
 
 @dataclass(frozen=True)
@@ -26,14 +37,14 @@ class Manifest:
     source_sha256: dict[str, str]
 
     def to_json(self) -> str:
-        content = {
-            "format": 1,
+        content: dict[str, Any] = {
+            "format": FORMAT,
             "layout": self.layout.to_dict(),
             "arch": self.arch,
             "source_config": self.source_config,
             "source_sha256": self.source_sha256,
         }
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps(content | {DIGEST: _digest(content)}, indent=1) + "\n"
 
     def check_fits(self, config: ModelConfig, where: str | Path) -> None:
         """Raise HeadsError unless a checkpoint with this config is in the manifest's layout.
@@ -61,6 +72,23 @@ class Manifest:
         ):
             raise HeadsError(f"{where}/{MANIFEST}: layout and source_config are not of one model")
 
+    def check_names(self, expected: Set[str], where: str | Path) -> None:
+        """Raise HeadsError unless the digests are those of the tensors `expected`."""
+        wrong = sorted(expected ^ self.source_sha256.keys())
+        if wrong:
+            raise HeadsError(
+                f"{where}/{MANIFEST}: source_sha256 has another set of tensors than source_config "
+                f"describes: {quoted(wrong[0])}{and_more(wrong)}"
+            )
+
+    def check_source_tensor(self, name: str, tensor: Tensor, where: str | Path) -> None:
+        """Raise HeadsError unless a tensor of the source has the bytes that `extend` read."""
+        if name in self.source_sha256 and sha256(tensor) != self.source_sha256[name]:
+            raise HeadsError(
+                f"{where}: {name} has changed since it was extended: its SHA-256 is not the "
+                "source's"
+            )
+
     def config(self, where: str | Path) -> ModelConfig:
         """The source's config. `where`, the checkpoint's directory, begins an error."""
         return ModelConfig.from_dict(self.source_config, source=f"{where}/{MANIFEST}")
@@ -72,7 +100,7 @@ def read_manifest(path: str | Path) -> Manifest | None:
     Raises HeadsError for a file that `Manifest.to_json` cannot have written.
     """
     file = Path(path) / MANIFEST
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     content = read_json_object(file, HeadsError)
     try:
@@ -87,12 +115,32 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     digests = mapping("source_sha256", content.get("source_sha256"), error=HeadsError)
     if not all(isinstance(digest, str) for digest in digests.values()):
         raise HeadsError("source_sha256 holds something else than strings")
-    return Manifest(
+    manifest = Manifest(
         layout,
         one_of("arch", content.get("arch"), ARCHS, error=HeadsError),
         dict(mapping("source_config", content.get("source_config"), error=HeadsError)),
         dict(digests),
     )
+    _check_unchanged(content)
+    return manifest
+
+
+def _check_unchanged(content: dict[str, Any]) -> None:
+    """Raise HeadsError unless the manifest says what was written.
+
+    No weight shows whether a number such as rms_norm_eps in source_config is still right, so the
+    manifest has a digest of its own.
+    """
+    keys, form = set(content), content.get("format")
+    if type(form) is not int or (form, keys) not in ((1, KEYS), (FORMAT, KEYS | {DIGEST})):
+        raise HeadsError(f"format {quoted(form, 100)} with the keys {quoted(sorted(keys))}")
+    if form == FORMAT and content[DIGEST] != _digest(content):
+        raise HeadsError("it was changed after it was written: its own sha256 does not fit")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    signed = {key: value for key, value in content.items() if key in KEYS}
+    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
 
 
 def require_manifest(path: str | Path) -> Manifest:
@@ -107,7 +155,7 @@ def require_manifest(path: str | Path) -> Manifest:
 
 def refuse_extended(path: str | Path) -> None:
     """Raise HeadsError if the checkpoint in `path` is an extension already."""
-    if (Path(path) / MANIFEST).exists():
+    if os.path.lexists(Path(path) / MANIFEST):
         raise HeadsError(
             f"{path}: has been extended already ({MANIFEST}): shrink it first, or extend its source"
         )

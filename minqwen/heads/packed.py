@@ -263,6 +263,7 @@ def extend_packed(
     arch: str = "qwen2",
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """`extend` for an AWQ (gemm) or GPTQ (4 or 8 bits) checkpoint, atomic and with a manifest.
 
@@ -293,6 +294,7 @@ def extend_packed(
             MANIFEST: lambda: Manifest(to, arch, dict(source.config.raw), digests).to_json()
         },
         omit={MANIFEST},
+        overwrite=overwrite,
     )
 
 
@@ -302,6 +304,7 @@ def shrink_packed(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Undo `extend_packed`: the source's tensors, byte for byte.
 
@@ -319,6 +322,12 @@ def shrink_packed(
             f"{src}: tensor {missing[0]} is missing, expected all {len(names)} that {MANIFEST} "
             "lists"
         )
+    unlisted = [n for n in target.tensors if n not in names and not n.endswith("o_proj.bias")]
+    if unlisted:  # the source had it too: extending adds no tensor but o_proj's bias
+        raise HeadsError(
+            f"{src}: tensor {unlisted[0]} is not in {MANIFEST}, expected every tensor of the "
+            "source; extend the source again"
+        )
     write_directory(
         dst,
         manifest.source_config,
@@ -328,6 +337,7 @@ def shrink_packed(
         max_file_bytes=max_file_bytes,
         sources=target.path,
         omit={MANIFEST},
+        overwrite=overwrite,
     )
 
 
@@ -354,11 +364,7 @@ def _shrunk(
     """The source's tensors, each with the digest that it had."""
     for name in _shown(list(manifest.source_sha256), progress):
         tensor = shrink_part(name, target.read(name), manifest.layout, target.packing)
-        if sha256(tensor) != manifest.source_sha256[name]:
-            raise HeadsError(
-                f"{target.path}: {name} has changed since it was extended: its SHA-256 is not the "
-                "source's"
-            )
+        manifest.check_source_tensor(name, tensor, target.path)
         yield name, tensor
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minqwen.checkpoint import Checkpoint, load_pretrained
+from minqwen.checkpoint.reader import EMBEDDING, HEAD
 from minqwen.config import ModelConfig
 from minqwen.heads.proposals import cost
 from minqwen.lab.compare import (
@@ -246,6 +247,42 @@ def differing_sizes(a: ModelConfig, b: ModelConfig) -> list[str]:
     ]
 
 
+FUNCTION = ("rms_norm_eps", "rope_theta", "rope_scaling")  # settings that no weight shows
+
+
+def differing_settings(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """The config's values, other than sizes, by which two models compute different functions."""
+    found = [
+        f"{name} {getattr(a.config, name)} and {getattr(b.config, name)}"
+        for name in FUNCTION
+        if getattr(a.config, name) != getattr(b.config, name)
+    ]
+    ties = [c.config.tie_word_embeddings for c in (a, b)]
+    if ties[0] != ties[1] and not torch.equal(_head(a), _head(b)):
+        found.append(f"tie_word_embeddings {ties[0]} and {ties[1]}")
+    return [f"config.json: {text}: not the same function" for text in found]
+
+
+def _head(checkpoint: Checkpoint) -> Tensor:
+    return checkpoint.read(EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD)
+
+
+def not_exposed(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> list[str]:
+    """What a comparison of outputs on ids [B, T] in this dtype cannot show."""
+    length, seen = ids.shape[-1], len(ids.unique())
+    found = [
+        f"a text of {length} tokens shows nothing of positions from {length} on, and "
+        f"{seen:,} of {config.vocab_size:,} rows of the embedding"
+    ]
+    if dtype.itemsize < 4:
+        name, error = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps / 2
+        found.append(
+            f"{name} rounds every value to {error:.2g} of it, and hides what is smaller: "
+            "compare in float32 or float64 as well"
+        )
+    return found
+
+
 def problems(maps: list[LayerMap]) -> list[str]:
     """The rules that are broken, in words, over all layers."""
     found = []
@@ -306,6 +343,7 @@ class Report:
     attention_macs: dict[int, float]
     layers: list[LayerMap] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    not_exposed: list[str] = field(default_factory=list)  # what this comparison cannot show
 
     @property
     def same(self) -> bool:
@@ -454,13 +492,16 @@ def verify_checkpoints(
     for checkpoint in (a, b):
         make_arithmetic(arithmetic).check(checkpoint.config, dtype, SINGLE)
     maps = inspect_heads(a, b)
-    return compare_models(
+    report = compare_models(
         load_pretrained(a.path, dtype=dtype, arithmetic=arithmetic),
         load_pretrained(b.path, dtype=dtype, arithmetic=arithmetic),
         load_pretrained(a.path, dtype=torch.float64),
         ids,
         maps,
     )
+    report.problems = differing_settings(a, b) + report.problems
+    report.not_exposed = not_exposed(a.config, ids, dtype)
+    return report
 
 
 def as_json(report: Report) -> str:

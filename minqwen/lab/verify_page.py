@@ -71,6 +71,7 @@ def _facts(report: Report) -> str:
 
 def _rules(report: Report) -> str:
     said = report.problems or ["every rule is kept"]
+    said = said + [f"not shown by this: {limit}" for limit in report.not_exposed]
     return _join(f"<li>{html.escape(problem)}</li>" for problem in said)
 
 

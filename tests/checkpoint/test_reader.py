@@ -209,7 +209,7 @@ def test_not_finite(tmp_path, monkeypatch):
 def test_a_file_that_changes_while_open_is_refused(tmp_path):
     write(tmp_path / "c")
     c = Checkpoint(tmp_path / "c")
-    write(tmp_path / "c", seed=1)
+    write(tmp_path / "c", seed=1, overwrite=True)
     refusal(lambda: c.read(Q0), "changed since", "model.safetensors")
     shutil.rmtree(tmp_path / "c")
     refusal(lambda: c.read(Q0), "model.safetensors", "cannot be read")

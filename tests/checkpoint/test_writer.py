@@ -146,7 +146,7 @@ def test_the_writer_takes_exactly_the_configs_tensors(tmp_path):
         good[Q0].T.contiguous().T,
         good[Q0].clone().requires_grad_(),
     ):  # strides, gradients: no matter
-        write_checkpoint(path, config, (good | {Q0: t}).items())
+        write_checkpoint(path, config, (good | {Q0: t}).items(), overwrite=True)
         assert_holds(path, good)
 
 
@@ -179,7 +179,10 @@ def test_companions_and_extra_files(tmp_path):
     assert got == {*keep, "config.json", "model.safetensors", "NOTE.md"}
     assert (tmp_path / "c" / "LICENSE").read_text() == "mine"
     assert (tmp_path / "c" / "NOTE.md").read_bytes() == "ü".encode()
-    write(tmp_path / "c", seed=1, sources=tmp_path / "c")  # in place: the tokenizer stays
+    refusal(
+        lambda: write(tmp_path / "c", seed=1, sources=tmp_path / "c", overwrite=True),
+        "another directory",
+    )
     assert {p.name for p in (tmp_path / "c").iterdir()} == got
     for name in ("../x", "a/b", "config.json", "model.safetensors", "", ".."):
         refusal(lambda n=name: write(tmp_path / "d", extra_files={n: "x"}), "plain file name")
@@ -193,14 +196,20 @@ def test_only_a_checkpoint_is_replaced(tmp_path):
     d.mkdir()
     old = write(d)  # empty: taken
     (d / "notes").mkdir()
-    refusal(lambda: write(d, seed=1), "'notes'", "not replaced")
+    refusal(lambda: write(d, seed=1, overwrite=True), "'notes'", "not replaced")
     (d / "notes").rmdir()
     (d / "optimizer.pt").write_text("x")
-    refusal(lambda: write(d, seed=1), "'optimizer.pt'", "not replaced")
+    refusal(lambda: write(d, seed=1, overwrite=True), "'optimizer.pt'", "not replaced")
     (d / "optimizer.pt").unlink()
+    for name in ("notes.md", "eval.json"):
+        (d / name).write_text("mine")
+    refusal(lambda: write(d, seed=1, overwrite=True), "'eval.json', 'notes.md'", "not replaced")
+    for name in ("notes.md", "eval.json"):
+        (d / name).unlink()
+    refusal(lambda: write(d, seed=1), "exists", "--overwrite", "overwrite=True")
     assert_holds(d, old)
-    assert_holds(d, write(d, seed=1, max_file_bytes=20000))
-    new = write(d, seed=2)
+    assert_holds(d, write(d, seed=1, max_file_bytes=20000, overwrite=True))
+    new = write(d, seed=2, overwrite=True)
     assert_holds(d, new)
     assert sorted(os.listdir(d)) == ["config.json", "model.safetensors"]
     other = tmp_path / "other"
@@ -212,7 +221,7 @@ def test_only_a_checkpoint_is_replaced(tmp_path):
     refusal(lambda: write(other / "thesis.txt" / "c"), "could not be written", "thesis.txt")
     (tmp_path / "link").symlink_to(d)
     assert_holds(
-        d, write(tmp_path / "link", seed=3)
+        d, write(tmp_path / "link", seed=3, overwrite=True)
     )  # what a link points to is replaced, not the link
     assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == [
         "d",

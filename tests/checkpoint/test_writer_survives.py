@@ -29,7 +29,7 @@ def test_a_failing_source_leaves_the_old_one_and_no_rubbish(tmp_path, failure):
         raise failure("source")
 
     with pytest.raises(failure):
-        write_checkpoint(tmp_path / "c", tiny(), broken())
+        write_checkpoint(tmp_path / "c", tiny(), broken(), overwrite=True)
     assert_holds(tmp_path / "c", old)
     assert os.listdir(tmp_path) == ["c"]
 
@@ -43,7 +43,7 @@ def test_swap_with_and_without_the_exchange_call(tmp_path, monkeypatch, exchange
     if not exchange:
         monkeypatch.setattr(ctypes, "CDLL", no_library)
     write(tmp_path / "c")
-    assert_holds(tmp_path / "c", write(tmp_path / "c", seed=1))
+    assert_holds(tmp_path / "c", write(tmp_path / "c", seed=1, overwrite=True))
     assert os.listdir(tmp_path) == ["c"]
 
 
@@ -55,7 +55,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # a real write that really fails
     try:
         refusal(
-            lambda: write(tmp_path / "c", seed=1),
+            lambda: write(tmp_path / "c", seed=1, overwrite=True),
             f"{tmp_path}/c: could not be written",
             "as it was",
         )
@@ -64,7 +64,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)
     )
-    refusal(lambda: write(tmp_path / "c", seed=1), "5000 bytes free")
+    refusal(lambda: write(tmp_path / "c", seed=1, overwrite=True), "5000 bytes free")
     monkeypatch.undo()
     for call in ("fsync", "truncate"):
 
@@ -72,7 +72,11 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(os, call, full)
-        refusal(lambda: write(tmp_path / "c", seed=1), "No space left on device", "as it was")
+        refusal(
+            lambda: write(tmp_path / "c", seed=1, overwrite=True),
+            "No space left on device",
+            "as it was",
+        )
         monkeypatch.undo()
     assert_holds(tmp_path / "c", old)
     assert os.listdir(tmp_path) == ["c"]
@@ -87,7 +91,8 @@ torch.set_num_threads(1)
 os.fsync = lambda fd: None  # a kill, unlike a power cut, loses nothing that was written
 path = Path(sys.argv[1]) / "c"
 versions = [weights(tiny(), 0), weights(tiny(), 1)]
-def put(v): write_checkpoint(path, tiny(), versions[v].items(), max_file_bytes=20000)
+def put(v):
+    write_checkpoint(path, tiny(), versions[v].items(), max_file_bytes=20000, overwrite=True)
 
 def run(kill_at):
     # A child writes version 1 over version 0; it is killed when it calls its kill_at-th function.

@@ -149,7 +149,7 @@ def test_a_checkpoint_there_and_back_is_the_same_model(kind, tmp_path):
     tensors, (src, dst, back) = checkpoint(tmp_path / "a", config), (tmp_path / n for n in "abc")
     to = layout(config, 8, 2)
     extend_packed(src, dst, to, max_file_bytes=6000)
-    extend_packed(src, dst, to, max_file_bytes=6000)  # what is there, a checkpoint, is replaced
+    extend_packed(src, dst, to, max_file_bytes=6000, overwrite=True)
     written = json.loads((dst / "config.json").read_text())
     assert (
         written["num_attention_heads"],
@@ -190,7 +190,7 @@ def test_a_checkpoint_there_and_back_is_the_same_model(kind, tmp_path):
     )
     save_file(changed, file)
     with pytest.raises(HeadsError, match="layers.1.self_attn.o_proj.scales: has changed"):
-        shrink_packed(dst, back)
+        shrink_packed(dst, back, overwrite=True)
     assert read(back).keys() == tensors.keys()
 
 

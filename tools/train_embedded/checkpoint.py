@@ -164,7 +164,7 @@ def tokenizer_config(library: tokenizers.Tokenizer) -> dict[str, object]:
 def save_checkpoint(model: Qwen2, small_files: Path, out: Path) -> None:
     """The weights in bfloat16, and the small files that lie in the directory `small_files`."""
     weights = ((name, value.bfloat16()) for name, value in model.state_dict().items())
-    write_checkpoint(out, model.config, weights, sources=small_files)
+    write_checkpoint(out, model.config, weights, sources=small_files, overwrite=True)
 
 
 def rounded(model: Qwen2) -> Qwen2:
