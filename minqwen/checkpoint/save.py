@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
 from minqwen.checkpoint.writer import Content, write_checkpoint
+from minqwen.checks import dtype_name
 from minqwen.errors import CheckpointError
 from minqwen.model import Qwen2
 
@@ -33,7 +34,7 @@ def save_pretrained(
             "load it whole on one rank to save it"
         )
     state = model.state_dict()
-    config = model.config.replace(dtype=str(model.dtype).removeprefix("torch."))
+    config = model.config.replace(dtype=dtype_name("dtype", model.dtype))
     write_checkpoint(
         path,
         config,

@@ -71,12 +71,16 @@ class LLM:
         self.options = EngineOptions.of(options, LOADING_OPTIONS)
         optional_integer("seed", seed, 0)
         if isinstance(model, Qwen2):
-            loading: dict[str, Any] = {
-                "dtype": None if dtype == "auto" else dtype,
-                "device": device,
-            }
-            loading |= {"arithmetic": arithmetic, "mesh": mesh, "offload": offload}
-            refuse_loading_options(loading | {"check_finite": check_finite or None})
+            refuse_loading_options(
+                {
+                    "dtype": None if dtype == "auto" else dtype,
+                    "device": device,
+                    "arithmetic": arithmetic,
+                    "mesh": mesh,
+                    "offload": offload,
+                    "check_finite": check_finite or None,
+                }
+            )
             self.model, self.mesh, self.tokenizer = model, model.mesh, tokenizer
             self.defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minqwen.checkpoint.offload import LAYERS_HELD
-from minqwen.checks import boolean, did_you_mean, integer, number, optional_integer
+from minqwen.checks import boolean, did_you_mean, dtype_name, integer, number, optional_integer
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.model import Qwen2
@@ -161,7 +161,7 @@ def _blocks_of_rank(
         max_model_len=context,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
-        dtype=_name(model.ops.wide_dtype(model.dtype)),
+        dtype=dtype_name("dtype", model.ops.wide_dtype(model.dtype)),
         size=model.mesh.size,
         device=model.device.type,
     )
@@ -169,11 +169,7 @@ def _blocks_of_rank(
 
 
 def _block_bytes(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, size: int) -> int:
-    return block_bytes(config, size, options.block_size, _name(dtype))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return block_bytes(config, size, options.block_size, dtype_name("dtype", dtype))
 
 
 def fewest_of_all_ranks(model: Qwen2, count: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minqwen.checkpoint import Checkpoint, load_pretrained
 from minqwen.checkpoint.reader import EMBEDDING, HEAD
+from minqwen.checks import dtype_name
 from minqwen.config import ModelConfig
 from minqwen.heads.proposals import cost
 from minqwen.lab.compare import (
@@ -275,7 +276,7 @@ def not_exposed(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> list[st
         f"{seen:,} of {config.vocab_size:,} rows of the embedding"
     ]
     if dtype.itemsize < 4:
-        name, error = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps / 2
+        name, error = dtype_name("dtype", dtype), torch.finfo(dtype).eps / 2
         found.append(
             f"{name} rounds every value to {error:.2g} of it, and hides what is smaller: "
             "compare in float32 or float64 as well"
@@ -432,7 +433,7 @@ def compare_models(
         found = first_difference(_stages(runs, maps), a.ops.order_free)
         first_layer, first_stage = found or (a.config.num_hidden_layers, "logits")
     return Report(
-        dtype=str(a.dtype).removeprefix("torch."),
+        dtype=dtype_name("dtype", a.dtype),
         arithmetic=a.ops.name,
         verdict=verdict,
         units=logits.units,
