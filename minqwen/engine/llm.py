@@ -331,6 +331,8 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise SamplingError(f"sampling_params is {params!r}: expected a SamplingParams")
         params.check_ids(self.config.vocab_size)
+        if params.stop:
+            self._need_tokenizer("stop")
         return params
 
     def _points(self, trace: Names, params: SamplingParams) -> set[str]:

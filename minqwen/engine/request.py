@@ -197,13 +197,13 @@ class Completion(Row):
         """
         if self.decoder is None:
             return "", None
-        text = ""
+        text = special = ""
         if ending != Ending("stop") or token not in self.eos_token_ids:
-            text = self.decoder.push([token])
+            text, special = self.decoder.push([token]), self.decoder.left_out(token)
         if ending is not None:
             text += self.decoder.flush()
         early = self.num_output <= self.params.min_tokens
-        return self.stops.push(text, final=ending is not None, search=not early)
+        return self.stops.push(text, special, final=ending is not None, search=not early)
 
 
 def joined_trace(trace: dict[str, list[Tensor]]) -> Seen[Tensor | list[Tensor]]:

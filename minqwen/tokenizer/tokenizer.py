@@ -57,6 +57,12 @@ class IncrementalDecoder:
                 new.append(self._without_invented_space(token))
         return self._utf8.decode(b"".join(new))
 
+    def left_out(self, id: int) -> str:
+        """The text of a special token that `push` leaves out; "" for any other token."""
+        if id not in self._skipped:
+            return ""
+        return self._tokenizer.token_bytes(id).decode("utf-8", "replace")
+
     def _without_invented_space(self, token: bytes) -> bytes:
         """The token without the space that encoding put before the text, if it begins the text."""
         if self._invented_spaces and token[:1] == b" ":
