@@ -34,8 +34,9 @@ from minqwen.heads.manifest import MANIFEST, read_manifest
 from minqwen.heads.proposals import Proposal, cost, propose
 from minqwen.lab.compare import Verdict
 from minqwen.lab.recipes import Trial, try_recipes
-from minqwen.lab.verify import Report, as_json, differing_sizes, verify_checkpoints
-from minqwen.lab.verify_page import as_html
+from minqwen.lab.verify import Report, as_json, unlike_as_json, verify_checkpoints
+from minqwen.lab.verify_configs import differing_settings, differing_sizes
+from minqwen.lab.verify_page import as_html, unlike_as_html
 
 TEXT = (
     "In the beginning God created the heaven and the earth. And the earth was without form, and "
@@ -303,34 +304,44 @@ def verify(args: argparse.Namespace) -> int:
     a, b = Checkpoint(args.a), Checkpoint(args.b)
     for checkpoint in (a, b):
         checkpoint.check()
+    title = f"{Path(args.a).name} and {Path(args.b).name}"
     if sizes := differing_sizes(a.config, b.config):
-        print(f"different: {'; '.join(sizes)}")
+        settings = sizes + differing_settings(a, b)
+        write_reports(args, unlike_as_json(settings), unlike_as_html(settings, title))
+        print(f"different: {'; '.join(settings)}")
         return 1
     ids = read_ids(args.a, text, args.max_tokens)
     report = verify_checkpoints(a, b, ids, DTYPES[args.dtype], args.arithmetic)
-    if args.json is not None:
-        write("--json", args.json, as_json(report))
-    if args.html is not None:
-        title = f"{Path(args.a).name} and {Path(args.b).name}"
-        write("--html", args.html, as_html(report, title))
+    write_reports(args, as_json(report), as_html(report, title))
     print_report(report)
-    return 0 if report.same and not report.problems else 1
+    return 0 if report.same else 1
+
+
+def write_reports(args: argparse.Namespace, facts: str, page: str) -> None:
+    """Into the files that were asked for."""
+    if args.json is not None:
+        write("--json", args.json, facts)
+    if args.html is not None:
+        write("--html", args.html, page)
 
 
 def print_report(report: Report) -> None:
-    if report.problems:
-        print(f"different: {report.problems[0]}")
+    """The verdict first, with the reason for it where configs or weights show one."""
     greedy = "the same" if report.greedy_match else "differs"
-    print(
-        f"{report.verdict}: error {report.units:.3g} times the original's own in {report.dtype}, "
+    outputs = (
+        f"{report.outputs}: error {report.units:.3g} times the original's own in {report.dtype}, "
         f"{report.arithmetic} (largest difference {report.max_abs:.3g}, KL {report.kl:.3g}, "
         f"top-1 {report.top1:.2%}, perplexity x {report.perplexity_ratio:.4g}, "
         f"greedy text {greedy})"
     )
-    for problem in report.problems[1:]:
-        print(f"  {problem}")
+    if report.reasons:
+        print(f"different: {report.reasons[0]}")
+        outputs = f"  outputs on this text: {outputs}"
+    print(outputs)
+    for reason in report.reasons[1:]:
+        print(f"  {reason}")
     for limit in report.not_exposed:
-        print(f"  not shown by this: {limit}")
+        print(f"  not shown by the outputs: {limit}")
     if report.first_stage:
         print(f"  first difference: layer {report.first_layer}, {report.first_stage}")
     heads, kv = (

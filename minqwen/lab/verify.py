@@ -1,9 +1,10 @@
 """Is checkpoint B the same model as checkpoint A, with other heads? If not, where and why not?
 
-Two examinations. `inspect_heads` reads the weights: which head of A each slot of B holds, which
-keys it reads, and what its o_proj columns add up to. These are the three rules of heads/layout.py,
-and what breaks one is named. `compare_models` runs both models and measures B's error in units of
-A's own (lab/compare.py). No threshold is guessed.
+Three examinations. verify_configs.py compares what no weight shows. `inspect_heads` reads the
+weights: which head of A each slot of B holds, which keys it reads, and what its o_proj columns add
+up to. These are the three rules of heads/layout.py, and what breaks one is named. `compare_models`
+runs both models and measures B's error in units of A's own (lab/compare.py). No threshold is
+guessed. B is the same model only if no examination says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from minqwen.checkpoint import Checkpoint, load_pretrained
-from minqwen.checkpoint.reader import EMBEDDING, HEAD
 from minqwen.checks import dtype_name
 from minqwen.config import ModelConfig
 from minqwen.heads.proposals import cost
@@ -28,6 +28,7 @@ from minqwen.lab.compare import (
     logit_difference,
     same_greedy_text,
 )
+from minqwen.lab.verify_configs import differing_settings, not_exposed
 from minqwen.model import Qwen2
 from minqwen.model.qwen2 import make_arithmetic
 from minqwen.parallel import SINGLE
@@ -239,51 +240,6 @@ def close(a: Tensor, b: Tensor) -> bool:
     return float((a - b).norm()) <= 2.0**-8 * float(b.norm())
 
 
-def differing_sizes(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """ "hidden_size 448 and 512" for every size that two models with other heads must share."""
-    return [
-        f"{name} {getattr(a, name)} and {getattr(b, name)}"
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")
-        if getattr(a, name) != getattr(b, name)
-    ]
-
-
-FUNCTION = ("rms_norm_eps", "rope_theta", "rope_scaling")  # settings that no weight shows
-
-
-def differing_settings(a: Checkpoint, b: Checkpoint) -> list[str]:
-    """The config's values, other than sizes, by which two models compute different functions."""
-    found = [
-        f"{name} {getattr(a.config, name)} and {getattr(b.config, name)}"
-        for name in FUNCTION
-        if getattr(a.config, name) != getattr(b.config, name)
-    ]
-    ties = [c.config.tie_word_embeddings for c in (a, b)]
-    if ties[0] != ties[1] and not torch.equal(_head(a), _head(b)):
-        found.append(f"tie_word_embeddings {ties[0]} and {ties[1]}")
-    return [f"config.json: {text}: not the same function" for text in found]
-
-
-def _head(checkpoint: Checkpoint) -> Tensor:
-    return checkpoint.read(EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD)
-
-
-def not_exposed(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> list[str]:
-    """What a comparison of outputs on ids [B, T] in this dtype cannot show."""
-    length, seen = ids.shape[-1], len(ids.unique())
-    found = [
-        f"a text of {length} tokens shows nothing of positions from {length} on, and "
-        f"{seen:,} of {config.vocab_size:,} rows of the embedding"
-    ]
-    if dtype.itemsize < 4:
-        name, error = dtype_name("dtype", dtype), torch.finfo(dtype).eps / 2
-        found.append(
-            f"{name} rounds every value to {error:.2g} of it, and hides what is smaller: "
-            "compare in float32 or float64 as well"
-        )
-    return found
-
-
 def problems(maps: list[LayerMap]) -> list[str]:
     """The rules that are broken, in words, over all layers."""
     found = []
@@ -316,16 +272,16 @@ def _all(layers: Iterable[Iterable[int]]) -> list[int]:
 
 @dataclass
 class Report:
-    """What `compare_models` found.
+    """What the three examinations found.
 
-    error_a, error_b: root mean square of the logits' errors against float64; error_a is that of a
-    faithful implementation of A. units: error_b / error_a. The logits' differences are those of
-    compare.LogitDifference.
+    outputs: the verdict on the logits alone. error_a, error_b: root mean square of the logits'
+    errors against float64; error_a is that of a faithful implementation of A. units: error_b /
+    error_a. The logits' differences are those of compare.LogitDifference.
     """
 
     dtype: str
     arithmetic: str
-    verdict: Verdict
+    outputs: Verdict
     units: float
     error_a: float
     error_b: float
@@ -343,12 +299,23 @@ class Report:
     kv_bytes: int
     attention_macs: dict[int, float]
     layers: list[LayerMap] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    not_exposed: list[str] = field(default_factory=list)  # what this comparison cannot show
+    settings: list[str] = field(default_factory=list)  # by which the configs mean two functions
+    problems: list[str] = field(default_factory=list)  # rules that B's weights break
+    not_exposed: list[str] = field(default_factory=list)  # what the outputs cannot show
+
+    @property
+    def verdict(self) -> Verdict:
+        """That on the outputs, unless configs or weights show a difference that they do not."""
+        return "different" if self.settings or self.problems else self.outputs
 
     @property
     def same(self) -> bool:
         return self.verdict != "different"
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why B is another model, apart from its outputs; settings come first."""
+        return [f"config.json: {text}" for text in self.settings] + self.problems
 
 
 STAGES = (  # (stage, point) in the order of computation
@@ -427,15 +394,15 @@ def compare_models(
     logits = runs.logits()
     difference = logit_difference(logits.original, logits.candidate, ids)
     costs = cost(a.config, b.config)
-    verdict = logits.verdict
+    outputs = logits.verdict
     first_layer, first_stage = None, None
-    if verdict == "different":
+    if outputs == "different":
         found = first_difference(_stages(runs, maps), a.ops.order_free)
         first_layer, first_stage = found or (a.config.num_hidden_layers, "logits")
     return Report(
         dtype=dtype_name("dtype", a.dtype),
         arithmetic=a.ops.name,
-        verdict=verdict,
+        outputs=outputs,
         units=logits.units,
         error_a=logits.unit,
         error_b=logits.error,
@@ -500,10 +467,15 @@ def verify_checkpoints(
         ids,
         maps,
     )
-    report.problems = differing_settings(a, b) + report.problems
+    report.settings = differing_settings(a, b)
     report.not_exposed = not_exposed(a.config, ids, dtype)
     return report
 
 
 def as_json(report: Report) -> str:
-    return json.dumps(asdict(report), indent=1) + "\n"
+    return json.dumps({"verdict": report.verdict, **asdict(report)}, indent=1) + "\n"
+
+
+def unlike_as_json(settings: list[str]) -> str:
+    """The report on two checkpoints that cannot be run side by side."""
+    return json.dumps({"verdict": "different", "settings": settings}, indent=1) + "\n"

@@ -9,7 +9,7 @@ import html
 import math
 from collections.abc import Iterable
 
-from minqwen.lab.compare import ROUNDING
+from minqwen.lab.compare import ROUNDING, Verdict
 from minqwen.lab.verify import LayerMap, Report
 
 GREEN, RED = "#1a7f37", "#b42318"
@@ -29,19 +29,31 @@ td{padding:.15rem .5rem}small{color:#57606a}
 
 def as_html(report: Report, title: str) -> str:
     """The whole page. title: names the two models; it is escaped."""
-    title = html.escape(title)
     parts = [
-        f'<!doctype html><meta charset="utf-8"><title>{title}</title>',
-        f"<style>{STYLE}strong{{color:{GREEN if report.same else RED}}}</style>",
-        f"<h1>{title}: <strong>{report.verdict}</strong></h1>",
+        _head(title, report.verdict),
         f"<p>{report.dtype}, {report.arithmetic} arithmetic. "
         "The unit is the error that the original itself makes against float64.</p>",
         f"<table>{_facts(report)}</table>",
-        f"<h2>Rules</h2><ul>{_rules(report)}</ul>",
+        f"<h2>Configs and rules</h2><ul>{_said(report)}</ul>",
     ]
     if report.layers:
         parts += [*_slot_map(_most_telling(report.layers)), *_heat_map(report.head_errors)]
     return "\n".join(parts) + "\n"
+
+
+def unlike_as_html(settings: list[str], title: str) -> str:
+    """The page on two checkpoints that cannot be run side by side."""
+    said = _join(f"<li>{html.escape(text)}</li>" for text in settings)
+    return f"{_head(title, 'different')}\n<h2>config.json</h2><ul>{said}</ul>\n"
+
+
+def _head(title: str, verdict: Verdict) -> str:
+    title, color = html.escape(title), RED if verdict == "different" else GREEN
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n'
+        f"<style>{STYLE}strong{{color:{color}}}</style>\n"
+        f"<h1>{title}: <strong>{verdict}</strong></h1>"
+    )
 
 
 def _facts(report: Report) -> str:
@@ -51,6 +63,7 @@ def _facts(report: Report) -> str:
         first = f"layer {report.first_layer}, {report.first_stage}"
     rows = [
         ("verdict", report.verdict),
+        ("outputs on this text", report.outputs),
         ("error, in units of the original's own", f"{report.units:.3g}"),
         ("largest difference of logits", f"{report.max_abs:.3g}"),
         ("KL, nats per token", f"{report.kl:.3g}"),
@@ -69,10 +82,10 @@ def _facts(report: Report) -> str:
     )
 
 
-def _rules(report: Report) -> str:
-    said = report.problems or ["every rule is kept"]
-    said = said + [f"not shown by this: {limit}" for limit in report.not_exposed]
-    return _join(f"<li>{html.escape(problem)}</li>" for problem in said)
+def _said(report: Report) -> str:
+    said = report.reasons or ["the configs mean one function, and every rule is kept"]
+    said = said + [f"not shown by the outputs: {limit}" for limit in report.not_exposed]
+    return _join(f"<li>{html.escape(text)}</li>" for text in said)
 
 
 def _most_telling(layers: list[LayerMap]) -> LayerMap:

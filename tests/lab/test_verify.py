@@ -15,12 +15,12 @@ from minqwen.lab.verify import (
     Report,
     as_json,
     compare_models,
-    differing_sizes,
     inspect_layer,
     inspect_layers,
     nearest,
     problems,
 )
+from minqwen.lab.verify_configs import differing_sizes
 from minqwen.lab.verify_page import as_html
 
 IDS = torch.arange(40, 72)[None]
