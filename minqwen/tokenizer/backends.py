@@ -23,7 +23,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from minqwen.errors import TokenizerError
-from minqwen.files import check_small, read_json_object, read_small
+from minqwen.files import check_directory, check_small, read_json_object, read_small
 from minqwen.tokenizer.added_tokens import encode_between, finder
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ def load_backend(path: Path, add_prefix_space: bool) -> ByteLevelBPE | SentenceP
     It is read from tokenizer.json, else from vocab.json and merges.txt (which leave open whether a
     space is put before a text: add_prefix_space), else from tokenizer.model.
     """
+    check_directory(path, TokenizerError)
     if os.path.lexists(path / "tokenizer.json"):
         return ByteLevelBPE.from_json(path / "tokenizer.json")
     if os.path.lexists(path / "vocab.json") or os.path.lexists(path / "merges.txt"):

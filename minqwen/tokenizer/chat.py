@@ -1,19 +1,36 @@
-"""Chats: where templates come from, which one is used, and what messages look like.
+"""Chats: where templates come from, which one is used, and what is handed to it.
 
-chat_template.py renders the templates, in a process of its own.
+continuation.py is for a last message that is not finished. chat_template.py renders the templates,
+in a process of its own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minqwen.checks import boolean, did_you_mean, wrong
 from minqwen.errors import TokenizerError
-from minqwen.files import read_text
+from minqwen.files import quoted, read_text
+from minqwen.tokenizer.continuation import with_reasoning
 
 Message = dict[str, Any]
+# The keywords of a chat, which are also names that its template reads.
+KEYWORDS = (
+    *("messages", "tools", "documents", "system", "chat_template", "chat_template_kwargs"),
+    *("add_generation_prompt", "continue_final_message", "allow_special", "tokenize"),
+)
+# Keywords of transformers, with what does the same here.
+INSTEAD = {
+    "conversation": "messages is its name here",
+    "sanitize_control_tokens": "encode_chat(..., allow_special=False) does this",
+    **dict.fromkeys(
+        ("return_tensors", "return_dict"), "encode_chat gives the token ids, as a list"
+    ),
+    "tokenize": "encode_chat gives the token ids",
+}
 
 
 def read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -60,6 +77,8 @@ def select_template(
     Without `wanted`, it is the template "tool_use" if there are tools and such a template, and
     "default" otherwise, as in transformers.
     """
+    if not isinstance(wanted, (str, type(None))):
+        raise wrong("chat_template", wanted, "a template or the name of one", error=TokenizerError)
     if wanted is None:
         has_tools = tools is not None and "tool_use" in templates
         wanted = "tool_use" if has_tools else "default"
@@ -73,7 +92,10 @@ def select_template(
 
 
 def check_messages(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """The messages to render: with `system` in front, and without keys whose value is None."""
+    """The messages to render: with `system` in front, and without keys whose value is None.
+
+    Reasoning under an older name gets the names that templates read, as in transformers 5.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise TokenizerError(
             "messages must be a list of at least one {'role': ..., 'content': ...}"
@@ -85,7 +107,7 @@ def check_messages(messages: Sequence[Message], system: str | None) -> list[Mess
             )
     if system is not None:
         messages = [_system_message(system, messages), *messages]
-    return [_without_none(message) for message in messages]
+    return [with_reasoning(_without_none(message)) for message in messages]
 
 
 def _system_message(text: str, messages: Sequence[Message]) -> Message:
@@ -100,7 +122,57 @@ def _without_none(message: Message) -> Message:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def check_tools(tools: Any) -> None:
-    """TokenizerError unless it is a list or None."""
-    if not isinstance(tools, (list, tuple, type(None))):
-        raise TokenizerError(f"tools must be a list of JSON schemas, not {type(tools).__name__}")
+# ---- keywords -----------------------------------------------------------------------------------
+
+
+def check_objects(where: str, value: Any) -> None:
+    """TokenizerError unless it is a list of objects, or None: tools and documents are."""
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple)):
+        raise wrong(where, value, "a list of objects, or None", error=TokenizerError)
+    for n, item in enumerate(value):
+        if not isinstance(item, dict):
+            kind = "a JSON schema" if where == "tools" else "{'title': ..., 'text': ...}"
+            raise wrong(f"{where}[{n}]", item, f"an object, {kind}", error=TokenizerError)
+
+
+def check_variables(variables: Any) -> dict[str, Any]:
+    """chat_template_kwargs: what a template reads besides the keywords of a chat."""
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        expected = "a mapping from names to values"
+        raise wrong("chat_template_kwargs", variables, expected, error=TokenizerError)
+    for name in variables:
+        if name in KEYWORDS:
+            raise TokenizerError(
+                f"chat_template_kwargs has {name!r}, which is a keyword of its own; "
+                f"pass {name}=... beside it"
+            )
+    return dict(variables)
+
+
+def generation_prompt(add: bool | None, continued: bool | str) -> bool:
+    """Whether the prompt opens the assistant's next turn; None means: unless one is continued."""
+    if not isinstance(continued, (bool, str)):
+        expected = "true, false or the name of a message's field"
+        raise wrong("continue_final_message", continued, expected, error=TokenizerError)
+    if add is None:
+        return not continued
+    if boolean("add_generation_prompt", add, error=TokenizerError) and continued:
+        raise TokenizerError(
+            "add_generation_prompt begins a new message and continue_final_message goes on with "
+            "the last one, expected not both; leave one out"
+        )
+    return add
+
+
+def refuse_unknown(unknown: Iterable[str], also: Sequence[str] = ()) -> None:
+    """TokenizerError for a keyword that nobody knows. also: names that may be meant, besides."""
+    for name in unknown:
+        hint = did_you_mean(name, [*KEYWORDS, *also]) or (
+            f"; what a template reads goes into chat_template_kwargs={{{quoted(name)}: ...}}"
+        )
+        hint = f"; {INSTEAD[name]}" if name in INSTEAD else hint
+        raise TokenizerError(f"a chat has no keyword {quoted(name)}{hint}")

@@ -24,11 +24,15 @@ from minqwen.tokenizer.backends import ByteLevelBPE, SentencePiece, load_backend
 from minqwen.tokenizer.chat import (
     Message,
     check_messages,
-    check_tools,
+    check_objects,
+    check_variables,
+    generation_prompt,
     read_templates,
+    refuse_unknown,
     select_template,
 )
 from minqwen.tokenizer.chat_template import ChatRenderer
+from minqwen.tokenizer.continuation import Tagged, tag_final_message
 
 
 class IncrementalDecoder:
@@ -279,70 +283,86 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         tools: Sequence[Message] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         system: str | None = None,
         chat_template: str | None = None,
-        **variables: Any,
+        *,
+        documents: Sequence[Message] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenize: bool = False,
+        **unknown: Any,
     ) -> str:
         """The prompt for a chat, exactly as Hugging Face renders it.
 
         messages       [{"role": ..., "content": ..., ...}]; a key whose value is None is left out
         tools          JSON schemas of the functions that the model may call
+        add_generation_prompt
+                       open the assistant's next turn; None: unless the last message is continued
         system         a system message to put first; refused if the messages begin with one
         chat_template  the name of one of `chat_templates`, or Jinja source to use instead
-        variables      whatever else the template reads
+        documents      [{"title": ..., "text": ...}], for templates that read them
+        continue_final_message
+                       end the prompt where the last message ends, so that the model goes on with
+                       it; a string names the field to continue, such as "reasoning_content"
+        chat_template_kwargs
+                       whatever else the template reads
+        tokenize       only False, which callers of transformers write; see `encode_chat`
 
-        Raises TokenizerError if there is no template, or if it refuses these messages, fails, or
-        needs more time or memory than it may have.
+        Raises TokenizerError for any other keyword, if there is no template, or if it refuses these
+        messages, fails, or needs more time or memory than it may have.
         """
-        check_tools(tools)
+        refuse_unknown([*unknown, "tokenize"] if tokenize else unknown)
+        check_objects("tools", tools)
+        check_objects("documents", documents)
         directory = self._where.parent
         source = select_template(directory, self.chat_templates, chat_template, tools)
+        opens_turn = generation_prompt(add_generation_prompt, continue_final_message)
+        chat = Tagged(check_messages(messages, system), "")
+        if continue_final_message:
+            chat = tag_final_message(chat.messages, continue_final_message, source)
         variables = {
-            "documents": None,
             **self.named_tokens,
-            **variables,
+            **check_variables(chat_template_kwargs),
+            "documents": documents,
             "tools": tools,
-            "messages": check_messages(messages, system),
-            "add_generation_prompt": add_generation_prompt,
+            "messages": chat.messages,
+            "add_generation_prompt": opens_turn,
         }
         try:
             prompt = self._renderer.render(source, variables)
         except TokenizerError as error:
             raise TokenizerError(f"{directory}: chat template: {error}") from None
         _check_text(prompt)
-        return prompt
+        return chat.cut(prompt) if continue_final_message else prompt
 
     def encode_chat(
         self,
         messages: Sequence[Message],
         tools: Sequence[Message] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         system: str | None = None,
         chat_template: str | None = None,
         allow_special: bool = True,
-        **variables: Any,
+        **options: Any,
     ) -> list[int]:
         """Ids of `apply_chat_template`'s prompt, without BOS: the template writes its own.
 
-        allow_special  False encodes added tokens inside messages, tools and variables as plain
-                       characters: no message can end its turn and begin another. Those that the
-                       template writes are still tokens.
+        allow_special  False encodes added tokens inside messages, tools, documents and variables as
+                       plain characters: no message can end its turn and begin another. Those that
+                       the template writes are still tokens.
+        options        the other keywords of `apply_chat_template`
         """
-        if allow_special:
-            prompt = self.apply_chat_template(
-                messages, tools, add_generation_prompt, system, chat_template, **variables
-            )
-            return self.encode(prompt, add_special_tokens=False)
-        marked = mark(check_messages(messages, system), self._find_added)
+        if not allow_special:
+            messages, system = mark(check_messages(messages, system), self._find_added), None
+            tools = mark(tools, self._find_added)
+            for name in ("documents", "chat_template_kwargs"):
+                options[name] = mark(options.get(name), self._find_added)
         prompt = self.apply_chat_template(
-            marked,
-            mark(tools, self._find_added),
-            add_generation_prompt,
-            None,  # the system message is among the marked ones
-            chat_template,
-            **mark(variables, self._find_added),
+            messages, tools, add_generation_prompt, system, chat_template, **options
         )
+        if allow_special:
+            return self.encode(prompt, add_special_tokens=False)
         return encode_between(prompt, self._find_added, self.added_tokens, self._encode_plain)
 
 

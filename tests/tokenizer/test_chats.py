@@ -113,7 +113,11 @@ def test_messages_that_do_not_fit_are_refused(qwen, messages, words):
 
 
 def test_tools_that_do_not_fit_are_refused(qwen):
-    for tools, words in (("search", "list of JSON schemas"), ([print], "JSON values")):
+    for tools, words in (
+        ("search", "tools is 'search', expected a list"),
+        ([print], "tools[0] is <built-in function print>, expected an object, a JSON schema"),
+        ([{"name": print}], "JSON values"),
+    ):
         with pytest.raises(TokenizerError) as error:
             qwen.apply_chat_template(USER, tools=tools)
         assert words in one_line(error)
@@ -126,9 +130,10 @@ def test_templates_come_from_files_or_else_from_tokenizer_config_json(tmp_path):
     ]
     path = tiny_json(tmp_path / "t", chat_template=named, eos_token="<|im_end|>")
     tokenizer = Tokenizer.from_dir(path)
-    assert tokenizer.apply_chat_template(USER, x=1) == "D1"
-    assert tokenizer.apply_chat_template(USER, tools=[], x=1) == "T1"
-    assert tokenizer.apply_chat_template(USER, chat_template="tool_use", x=1) == "T1"
+    one = {"chat_template_kwargs": {"x": 1}}
+    assert tokenizer.apply_chat_template(USER, **one) == "D1"
+    assert tokenizer.apply_chat_template(USER, tools=[], **one) == "T1"
+    assert tokenizer.apply_chat_template(USER, chat_template="tool_use", **one) == "T1"
     assert (
         tokenizer.apply_chat_template(USER, chat_template="{{ eos_token }}{{ bos_token }}")
         == "<|im_end|>"
@@ -138,8 +143,10 @@ def test_templates_come_from_files_or_else_from_tokenizer_config_json(tmp_path):
     (path / "additional_chat_templates" / "rag.jinja").write_text("R{{ documents }}")
     tokenizer = Tokenizer.from_dir(path)
     assert sorted(tokenizer.chat_templates) == ["default", "rag"]
-    assert tokenizer.apply_chat_template(USER, x=2) == "F2"
-    assert tokenizer.apply_chat_template(USER, chat_template="rag", documents=["d"]) == "R['d']"
+    assert tokenizer.apply_chat_template(USER, chat_template_kwargs={"x": 2}) == "F2"
+    documents = [{"title": "d"}]
+    got = tokenizer.apply_chat_template(USER, chat_template="rag", documents=documents)
+    assert got == "R[{'title': 'd'}]"
     with pytest.raises(TokenizerError) as error:
         tokenizer.apply_chat_template(USER, chat_template="tool_use")
     assert "no chat template 'tool_use', only ['default', 'rag']" in one_line(error)
