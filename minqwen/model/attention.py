@@ -41,8 +41,8 @@ def dense_attention(
     """Every sequence whole, all of equal length. q [T, H, d]; k, v [T, K, d] -> [T, H, d]."""
     B, L, G = len(batch.query_lens), batch.query_lens[0], q.shape[1] // k.shape[1]
     q, k, v = (x.unflatten(0, (B, L)).transpose(1, 2) for x in (q, k, v))  # [B, heads, L, d]
-    # A copy, as transformers' cache hands them on. `contiguous` would not do: it lets a dimension of
-    # size 1 have any stride, and strides decide which kernel multiplies.
+    # A copy, as transformers' cache hands them on. `contiguous` may leave any stride to a dimension
+    # of size 1, and strides decide which kernel multiplies.
     k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
     if G > 1:
         # Key/value head j serves query heads j G .. j G + G - 1. It is expanded and not

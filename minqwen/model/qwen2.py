@@ -60,8 +60,13 @@ class RMSNorm(nn.Module):
         self.ops, self.eps = ops, eps
         self.weight = nn.Parameter(torch.empty(size, **factory), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, tap: Tap = UNTRACED, point: str = "") -> Tensor:
+        """x normed, [T, D]. point: the tap's name of what the weight is multiplied with."""
+        if not tap.sees(point):
+            return self.ops.rms_norm(x, self.weight, self.eps)
+        # Any arithmetic rounds before it multiplies by the weight, so this gives the same bits.
+        normalized = self.ops.rms_norm(x, torch.ones_like(self.weight), self.eps)
+        return tap(point, normalized) * self.weight
 
 
 class Embedding(nn.Module):
@@ -149,10 +154,10 @@ class Layer(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap: Tap
     ) -> Tensor:
         x = tap("resid_pre", x)
-        normed = tap("norm1", self.input_layernorm(x))
+        normed = tap("norm1", self.input_layernorm(x, tap, "norm1.normalized"))
         x = x + tap("attn.out", self.self_attn(normed, cos, sin, batch, cache, tap))
         x = tap("resid_mid", x)
-        normed = tap("norm2", self.post_attention_layernorm(x))
+        normed = tap("norm2", self.post_attention_layernorm(x, tap, "norm2.normalized"))
         x = x + tap("mlp.out", self.mlp(normed, tap))
         return tap("resid_post", x)
 
@@ -178,6 +183,8 @@ class Qwen2(nn.Module):
     name. Weights do not require gradients until `requires_grad_()` says so.
     """
 
+    # Not in inference mode: what is made there does not count how often it was written to.
+    @torch.inference_mode(False)
     def __init__(
         self,
         config: ModelConfig,
@@ -198,6 +205,10 @@ class Qwen2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._rotary: tuple[Tensor, Tensor] | None = None
+        # For `changes.Changes`: how often the whole model was prepared, and hooks of our own that
+        # change no value.
+        self.preparations = 0
+        self.own_hooks: set[int] = set()
 
     # The model itself never opens a file: these two are the only lines that look up to checkpoint.
 
@@ -216,6 +227,7 @@ class Qwen2(nn.Module):
         save_pretrained(self, path, **options)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_tensors(
         cls,
         config: ModelConfig,
@@ -251,8 +263,14 @@ class Qwen2(nn.Module):
     def prepare(self, part: nn.Module | None = None) -> Qwen2:
         """Let the arithmetic make the weights ready, or those of `part`.
 
-        Called when they are in place, and to be called again whenever they were changed.
+        Called when they are in place, and to be called again whenever they were changed. Engines
+        then forget the keys and values of the old weights.
         """
+        self.preparations += 1
+        return self.make_ready(part)
+
+    def make_ready(self, part: nn.Module | None = None) -> Qwen2:
+        """`prepare` for weights that are the same as before and have only been brought back."""
         for module in (part or self).modules():
             if isinstance(module, Linear) and not module.weight.is_meta:
                 self.ops.prepare(module, module.mesh)
@@ -332,7 +350,7 @@ class Qwen2(nn.Module):
             x = layer(x, cos, sin, batch, cache, tap.at(i))
         if batch.logits_at is not None:
             x = x[batch.logits_at]  # [N, D]
-        x = tap("final_norm", self.model.norm(x))
+        x = tap("final_norm", self.model.norm(x, tap, "final_norm.normalized"))
         logits: Tensor = self.lm_head(x)  # [N, V / size]
         if self.mesh.size > 1:
             rows = vocab_rows_per_rank(self.config, self.mesh.size)  # the last rank may hold fewer

@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from minqwen.checks import did_you_mean
 from minqwen.config import ModelConfig
 from minqwen.errors import TraceError
 from minqwen.parallel import Mesh, kv_heads_per_rank
@@ -42,7 +43,8 @@ class Point:
 POINTS = [
     Point("embed", "T D", "hook_embed", "token embeddings", layered=False),
     Point("resid_pre", "T D", "hook_resid_pre", "residual stream into the layer"),
-    Point("norm1", "T D", "ln1.hook_normalized", "input_layernorm's output, its weight applied"),
+    Point("norm1.normalized", "T D", "ln1.hook_normalized", "norm1 before its weight"),
+    Point("norm1", "T D", None, "input_layernorm's output, its weight applied"),
     Point("attn.q", "T H d", "attn.hook_q", "queries, bias added", "heads"),
     Point("attn.k", "T K d", "attn.hook_k", "keys, bias added", "kv heads"),
     Point("attn.v", "T K d", "attn.hook_v", "values, bias added", "kv heads"),
@@ -53,18 +55,25 @@ POINTS = [
     Point("attn.z", "T H d", "attn.hook_z", "each head's weighted values", "heads"),
     Point("attn.out", "T D", "hook_attn_out", "o_proj's output"),
     Point("resid_mid", "T D", "hook_resid_mid", "residual stream after attention"),
-    Point("norm2", "T D", "ln2.hook_normalized", "post_attention_layernorm's output"),
+    Point("norm2.normalized", "T D", "ln2.hook_normalized", "norm2 before its weight"),
+    Point("norm2", "T D", None, "post_attention_layernorm's output, its weight applied"),
     Point("mlp.gate", "T I", "mlp.hook_pre", "gate_proj's output", "channels"),
     Point("mlp.up", "T I", "mlp.hook_pre_linear", "up_proj's output", "channels"),
     Point("mlp.act", "T I", "mlp.hook_post", "silu(gate) times up", "channels"),
     Point("mlp.out", "T D", "hook_mlp_out", "down_proj's output"),
     Point("resid_post", "T D", "hook_resid_post", "residual stream out of the layer"),
     Point(
-        "final_norm", "T D", "ln_final.hook_normalized", "the output of model.norm", layered=False
+        "final_norm.normalized",
+        "T D",
+        "ln_final.hook_normalized",
+        "final_norm before its weight",
+        layered=False,
     ),
+    Point("final_norm", "T D", None, "model.norm's output, its weight applied", layered=False),
     Point("logits", "T V", None, "logits", layered=False),
 ]
 BY_NAME = {point.name: point for point in POINTS}
+BY_ALIAS = {point.alias: point for point in POINTS if point.alias}
 
 Names = str | Sequence[str] | Callable[[str], bool] | None  # what `select` understands
 
@@ -117,30 +126,65 @@ def alias_of(name: str) -> str | None:
     return f"blocks.{layer[1]}.{alias}" if alias and layer else alias
 
 
+def canonical(name: str) -> str:
+    """Our spelling of a point that TransformerLens's name means; any other name as it is."""
+    layer = re.fullmatch(r"blocks\.(\d+)\.(.*)", name)
+    point = BY_ALIAS.get(layer[2] if layer else name)
+    if point is None or point.layered != bool(layer):
+        return name
+    return f"layers.{layer[1]}.{point.name}" if layer else point.name
+
+
 def select(names: Names, num_layers: int) -> set[str]:
     """The points that `names` means: a name or pattern, a list of them, a predicate; None is all.
 
-    Raises TraceError for a name or pattern that matches nothing.
+    A predicate is asked about both spellings of each name, ours and TransformerLens's; one yes is
+    enough. Raises TraceError if a name, a pattern, a predicate or the whole list means nothing.
     """
     every = point_names(num_layers)
     if names is None:
         return set(every)
     if callable(names):
-        return {name for name in every if names(name)}
+        return _chosen_by(names, every, num_layers)
+    if not isinstance(names, (str, Sequence)):
+        names = list(names)
     chosen: set[str] = set()
     for pattern in [names] if isinstance(names, str) else names:
         found = [name for name in every if _matches(name, pattern)]
         if not found:
             raise TraceError(
                 f"no point is called {pattern!r} in a model of {num_layers} layers: "
-                "`tools/trace.py points` lists them"
+                f"`tools/trace.py points` lists them{did_you_mean(pattern, _spellings(every))}"
             )
         chosen.update(found)
+    if not chosen:
+        raise TraceError("the list of names is empty: name a point, or give None for all of them")
+    return chosen
+
+
+def _chosen_by(predicate: Callable[[str], bool], every: list[str], num_layers: int) -> set[str]:
+    chosen = set()
+    for name in every:
+        alias = alias_of(name)
+        if predicate(name) or (alias is not None and predicate(alias)):
+            chosen.add(name)
+    if not chosen:
+        raise TraceError(
+            f"the predicate is true for no point of a model of {num_layers} layers: it is asked "
+            "about both names of each, such as 'layers.0.attn.z' and 'blocks.0.attn.hook_z'; "
+            "`tools/trace.py points` lists them"
+        )
     return chosen
 
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(alias_of(name) or "", pattern)
+
+
+def _spellings(every: list[str]) -> list[str]:
+    """All that could have been meant by a pattern that matches nothing."""
+    patterns = [f"*.{name}" for point in POINTS for name in (point.name, point.alias) if name]
+    return [*every, *(alias for name in every if (alias := alias_of(name))), *patterns]
 
 
 # ---- taps ---------------------------------------------------------------------------------------
@@ -150,6 +194,10 @@ class Tap:
     """The tap that shows nothing: these calls are all that an untraced forward pass pays."""
 
     tiles = True  # attention over a cache may work on some rows at a time
+
+    def sees(self, name: str) -> bool:
+        """Whether the point is watched, for what is computed only to be shown."""
+        return False
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         return x
@@ -191,6 +239,9 @@ class TracingTap(Tap):
         tap = TracingTap(self.model, self.names, self.show, self.gather, self.prefix)
         tap.rows = Rows(first, count, row)
         return tap
+
+    def sees(self, name: str) -> bool:
+        return self.prefix + name in self.names
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         full = self.prefix + name
@@ -250,16 +301,59 @@ def scatter(whole: Tensor, shard: Tensor, point: Point, model: Traceable) -> Ten
 
 
 Value = TypeVar("Value")
+Default = TypeVar("Default")
 
 
 class Seen(dict[str, Value]):
-    """{canonical name: tensor}, in which TransformerLens's names are found too."""
+    """{canonical name: tensor}, in which TransformerLens's names mean the same entries.
+
+    Iteration gives the canonical names, in the order of computation.
+    """
 
     def __missing__(self, name: str) -> Value:
-        for ours in self:
-            if alias_of(ours) == name:
-                return self[ours]
-        raise KeyError(name)
+        ours = canonical(name)
+        if ours == name:
+            near = did_you_mean(str(name), _spellings(list(self)))
+            raise KeyError(f"{name!r} was not traced{near}")
+        return self[ours]
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        super().__setitem__(canonical(name), value)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(canonical(name))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().__contains__(canonical(name))
+
+    @overload
+    def get(self, name: str, default: None = None, /) -> Value | None: ...
+
+    @overload
+    def get(self, name: str, default: Value, /) -> Value: ...
+
+    @overload
+    def get(self, name: str, default: Default, /) -> Value | Default: ...
+
+    def get(self, name: str, default: object = None, /) -> object:
+        return super().get(canonical(name), default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        return super().pop(canonical(name), *default)
+
+    def __repr__(self) -> str:
+        """Names, dtypes and shapes: nobody reads a million numbers."""
+        lines = [f"  {name}: {_described(value)}" for name, value in self.items()]
+        return "\n".join([f"{len(self)} points traced", *lines])
+
+
+def _described(value: object) -> str:
+    """A traced tensor, or the list of tensors of an engine's steps, in a few words."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, list) and value:
+        return f"{len(value)} steps, the first {_described(value[0])}"
+    return repr(value)
 
 
 def run_with_cache(

@@ -8,7 +8,7 @@ from support.torchrun import torchrun
 from transformers import AutoModelForCausalLM
 
 from minqwen import LLM, SamplingParams
-from minqwen.model.trace import POINTS, TraceError, alias_of, point_names
+from minqwen.model.trace import TraceError, alias_of, point_names, point_of
 
 IDS = torch.tensor([[5, 300, 17, 42, 900, 11, 7], [1, 2, 3, 4, 5, 6, 7]])
 
@@ -41,7 +41,7 @@ def test_points_are_consistent_with_each_other(embedded_model):
     _, seen = embedded_model.run_with_cache(IDS, per_query_head=True)
     c = embedded_model.config
     assert (
-        list(seen) == point_names(c.num_hidden_layers) and len(seen) == 3 + 18 * c.num_hidden_layers
+        list(seen) == point_names(c.num_hidden_layers) and len(seen) == 4 + 20 * c.num_hidden_layers
     )
     letters = {
         "T": 7,
@@ -54,7 +54,7 @@ def test_points_are_consistent_with_each_other(embedded_model):
         "V": c.vocab_size,
     }
     for name, x in seen.items():
-        point = next(p for p in POINTS if name.endswith(p.name))
+        point = point_of(name)
         assert tuple(x.shape) == (2, *(letters[letter] for letter in point.shape.split())), name
         if alias_of(name):
             assert seen[alias_of(name)] is x
