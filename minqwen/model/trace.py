@@ -389,21 +389,23 @@ def run_with_hooks(
 ) -> Tensor:
     """model(ids) with `fn(tensor, name)` called at the points that each (names, fn) means.
 
-    What fn returns, if not None, takes the tensor's place. Shapes as in `run_with_cache`. Returns
-    logits [B, T, V]. Raises TraceError for a name that matches nothing and for a return value that
-    does not fit.
+    What fn returns, if not None, takes the tensor's place. Shapes as in `run_with_cache`. With
+    gradients, `tensor.retain_grad()` in fn keeps the point's gradient. Returns logits [B, T, V].
+    Raises TraceError for a name that matches nothing and for a return value that does not fit.
     """
     hooks = [(select(names, model.config.num_hidden_layers), fn) for names, fn in fwd_hooks]
 
     def show(name: str, x: Tensor, rows: Rows | None) -> Tensor | None:
-        shaped = batched(x, point_of(name), ids)
-        new = None
+        shaped = seen = batched(x, point_of(name), ids)
         for names, fn in hooks:
             answer = fn(shaped, name) if name in names else None
             if answer is not None:
                 check_replacement(name, answer, shaped)
-                shaped = new = answer
-        return None if new is None else new.reshape(x.shape)
+                shaped = answer
+        # With gradients the rest is computed from the very tensor that the hooks saw, not from x,
+        # which it is a view of: then `retain_grad` and `requires_grad_` in a hook do what they say.
+        unchanged = shaped is seen and not shaped.requires_grad
+        return None if unchanged else shaped.reshape(x.shape)
 
     every = set().union(*(names for names, _ in hooks))
     return model(ids, tap=TracingTap(model, every, show, gather))
