@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minqwen import Mesh, ModelConfig, Qwen2, Tokenizer
+from minqwen import Checkpoint, Mesh, ModelConfig, Qwen2, Tokenizer
 from minqwen.cli import Parser, check_writable, is_first_rank, model_flags, model_options, run
 from minqwen.errors import MinqwenError
 from minqwen.model.trace import POINTS, Point, select
@@ -27,7 +27,7 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 
 def print_points(args: argparse.Namespace) -> None:
-    dtype = ModelConfig.from_json(args.model).dtype if args.dtype == "auto" else args.dtype
+    dtype = Checkpoint(args.model).config.dtype if args.dtype == "auto" else args.dtype
     header = ("name", "shape", "dtype", "split by", "TransformerLens", "what it is")
     print_table([header, *(row_of(point, dtype) for point in POINTS)])
 

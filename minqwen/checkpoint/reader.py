@@ -71,6 +71,8 @@ class WeightDirectory:
             if listed is not None:
                 self._check_index(file, listed, set(found))
             self.tensors |= found
+        if not self.config.names_dtype:
+            self.config = self._with_dtype_of_files(self.config)
 
     @property
     def names(self) -> list[str]:
@@ -133,6 +135,16 @@ class WeightDirectory:
                 )
 
     # ---- opening
+
+    def _with_dtype_of_files(self, config: ModelConfig) -> ModelConfig:
+        """A config.json that names no dtype has that of the first float tensor, as transformers 5.
+
+        First means: in the first file by name.
+        """
+        for stored in sorted(self.tensors.values(), key=lambda stored: stored.file):
+            if stored.code in WEIGHT_DTYPES:
+                return config.replace(dtype=str(stored.dtype).removeprefix("torch."))
+        return config
 
     def _read_header(self, file: str) -> dict[str, StoredTensor]:
         path = self.path / file

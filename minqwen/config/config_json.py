@@ -176,7 +176,10 @@ def _check_layer_types(where: str, types: Any, layers: Any) -> None:
 
 
 def _read_dtype(source: str, d: Json) -> str:
-    """torch_dtype is the older name of dtype. With neither, the dtype is PyTorch's, float32."""
+    """torch_dtype is the older name of dtype. With neither, the dtype is PyTorch's, float32.
+
+    (A reader of weight files takes theirs instead: ModelConfig.names_dtype.)
+    """
     keys = [key for key in ("dtype", "torch_dtype") if d.get(key) is not None]
     names = [dtype_name(f"{source}: {key}", d[key]) for key in keys]
     if len(set(names)) == 2:

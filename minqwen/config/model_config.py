@@ -31,7 +31,7 @@ from minqwen.checks import (
 from minqwen.config.config_json import SIZES, check_model_type, read_fields, write_fields
 from minqwen.config.rope_scaling import RopeScaling
 from minqwen.errors import ConfigError
-from minqwen.files import read_json_object, write_text
+from minqwen.files import check_directory, read_json_object, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,8 @@ class ModelConfig:
     def from_json(cls, path: str | os.PathLike[str]) -> ModelConfig:
         """Reads config.json. `path` is the file or the directory that holds it."""
         path = Path(path)
+        if not path.is_file() and path.suffix != ".json":
+            check_directory(path, ConfigError)
         path = path / "config.json" if path.is_dir() else path
         return cls.from_dict(read_json_object(path, ConfigError), source=str(path))
 
@@ -154,6 +156,11 @@ class ModelConfig:
         remedy = "fetch the file again or repair it"
         mapping(f"{source}: the top level", d, "a JSON object", remedy)
         return cls(**read_fields(source, d), raw=dict(d), source=source)
+
+    @property
+    def names_dtype(self) -> bool:
+        """Whether a dtype was in config.json. If not, and there are weight files, theirs counts."""
+        return any(self.raw.get(key) is not None for key in ("dtype", "torch_dtype"))
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed, checked like a file; head_dim stays unless named."""
