@@ -63,8 +63,9 @@ class LayerStream:
         # anew, layer after layer, is not given back to the system and grows.
         self.free: list[LayerWeights] = []
         for i, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(partial(self._arrive, i))
-            layer.register_forward_hook(partial(self._leave, i), always_call=True)
+            arrive = layer.register_forward_pre_hook(partial(self._arrive, i))
+            leave = layer.register_forward_hook(partial(self._leave, i), always_call=True)
+            model.own_hooks |= {arrive.id, leave.id}
 
     @torch.no_grad()
     def _load(self, i: int) -> LayerWeights:
@@ -93,7 +94,7 @@ class LayerStream:
         self._wait(self.here)
         for name, x in zip(self.names[i], self.here.weights, strict=True):
             self.model.set_parameter(name, x)
-        self.model.prepare(self.layers[i])
+        self.model.make_ready(self.layers[i])
         self._begin((i + 1) % len(self.layers))
 
     def _leave(self, i: int, *_: object) -> None:

@@ -19,6 +19,7 @@ from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduled, Scheduler
 from minqwen.errors import MinqwenError
+from minqwen.model.changes import Changes
 from minqwen.parallel import Mesh
 from minqwen.sampling.draw import sample
 from minqwen.sampling.logprobs import logprobs_of, wide
@@ -41,6 +42,8 @@ class EngineCore:
     ):
         self.runner, self.scheduler, self.mesh = runner, scheduler, mesh
         self.decode_token = decode_token
+        self.changes = Changes(runner.model)
+        self.intervened = False  # whether the model has hooks, on any rank
         self.requests: dict[str, Request] = {}  # those that are not finished
 
     @property
@@ -58,29 +61,40 @@ class EngineCore:
         if request is not None:
             self._end_all(request, "abort")
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all keys and values; running requests are computed again from the beginning."""
+        self.scheduler.start_over(self.scheduler.shares_prefixes)
+
     @torch.inference_mode()
-    def step(self) -> list[Delta]:
+    def step(self, undisturbed: bool = False) -> list[Delta]:
         """One forward pass, and all that follows from it.
 
+        undisturbed: no caller's code has run since the last step. Then only hooks can have changed
+        the model, and where there are none it is not looked at again.
         Nothing is changed before everything is done that may fail for want of memory, so a failed
         step can be made again.
         """
-        step = self.scheduler.schedule()
-        if not step:
+        if not self.requests:
             return []
+        if not undisturbed or self._calls_hooks():
+            self._notice_changes()
+        step = self.scheduler.schedule()
         logits = self.runner.run(step)
         last = wide(logits.last())  # [B, V]
         finite = last.sum(-1).isfinite().tolist()  # a NaN or an infinity stays one in the sum
-        at_end = [i for i, item in enumerate(step) if finite[i] and item.reaches_end]
+        wrong = dict(logits.failures)  # row -> why the request of this row cannot go on
+        for i, item in enumerate(step):
+            if not finite[i]:
+                # A NaN anywhere before reaches the last token: nothing of this is kept.
+                wrong.setdefault(i, f"logits are not finite at token {item.end - 1}")
+        at_end = [i for i, item in enumerate(step) if i not in wrong and item.reaches_end]
         drawn = self._draw([step[i].completion for i in at_end], last, at_end)
         deltas: list[Delta] = []
         for i, item in enumerate(step):
             if item.completion.finished:  # its request failed earlier in this step
                 continue
-            if not finite[i]:
-                # A NaN anywhere before reaches the last token: nothing of this is kept.
-                why = f"logits are not finite at token {item.end - 1}"
-                deltas += self._fail(item.completion.request, why)
+            if i in wrong:
+                deltas += self._fail(item.completion.request, wrong[i])
                 continue
             self._keep(item, logits.of(i))
             if i in drawn:
@@ -88,6 +102,21 @@ class EngineCore:
         return deltas
 
     # ---- the parts of a step --------------------------------------------------------------------
+
+    def _calls_hooks(self) -> bool:
+        return self.intervened or any(request.hooks for request in self.requests.values())
+
+    def _notice_changes(self) -> None:
+        """Keys and values of a model that was are forgotten; with hooks in it none are shared."""
+        changed, intervened = self.changes.look(), self.changes.unreliable
+        if self.mesh.size > 1:  # a change on one rank is a change for all
+            flags = torch.tensor([changed, intervened], dtype=torch.float32)
+            flags = self.mesh.all_reduce(flags.to(self.runner.model.device), "max")
+            changed, intervened = map(bool, flags.tolist())
+        self.intervened = intervened
+        if changed:
+            self.runner.renew_cache()
+            self.scheduler.start_over(not intervened)
 
     def _draw(
         self, completions: list[Completion], logits: Tensor, at: list[int]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,17 @@ from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for, size_cache
 from minqwen.errors import ConfigError, MinqwenError, SamplingError
 from minqwen.model import Qwen2
-from minqwen.model.trace import Names, select
+from minqwen.model.trace import Hook, Names, select
 from minqwen.parallel import Mesh, check_degree
 from minqwen.sampling.draw import bad_word_ids
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.structured import Constraint, ConstraintCompiler
 from minqwen.tokenizer import Tokenizer
+from minqwen.tokenizer.chat import KEYWORDS, refuse_unknown
 
 Prompt = str | Sequence[int] | Any  # Any: an array or a tensor of token ids, which has `tolist`
 Message = dict[str, Any]
+Hooks = Sequence[tuple[Names, Hook]]
 LOADING_OPTIONS = (
     *("tokenizer", "dtype", "device", "arithmetic", "mesh"),
     *("offload", "check_finite", "seed", "progress"),
@@ -108,6 +112,7 @@ class LLM:
         self.core = self._make_core(num_blocks)
         self._arrivals = itertools.count()
         self._seeds = itertools.count(self._entropy() if seed is None else seed)
+        self._hooks: list[tuple[set[str], Hook]] = []  # of the requests that are added now
         self._compiler: ConstraintCompiler | None = None  # made when first needed
         # Deltas go to the list of whoever waits for their request, or here, for `step`.
         self._unread: list[Delta] = []
@@ -126,12 +131,18 @@ class LLM:
         *,
         cache_salt: str | None = None,
         trace: Names = None,
+        hooks: Hooks = (),
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete every prompt (text or token ids); outputs in the order of the prompts.
 
         trace: names of points, as in `Qwen2.run_with_cache`, to have in each completion's `trace`
-        ("*" is all of them). Requests that were added before go on meanwhile; the next `step`
+        ("*" is all of them). hooks: (names, fn) pairs as in `Qwen2.run_with_hooks`: in every step
+        `fn(x, name)` sees each completion's own rows, x [1, T, ...] of the T tokens that are new in
+        the step (a prompt, a part of it, or one token), scores and pattern [1, H, T, L]. What it
+        returns, or writes into x, goes on. Logits and final_norm come only where they are used.
+        Nothing of hooked requests enters or leaves the prefix cache, and others do not see the
+        hooks. Requests that were added before go on meanwhile; the next `step`
         reports what is new of them. Raises MinqwenError if one of the requests fails.
         """
         prompts = [prompts] if is_prompt(prompts) else list(prompts)
@@ -140,7 +151,9 @@ class LLM:
         ids: list[str] = []
         try:
             for prompt, p in zip(prompts, params):
-                ids.append(self.add_request(prompt, p, cache_salt=cache_salt, trace=trace))
+                ids.append(
+                    self.add_request(prompt, p, cache_salt=cache_salt, trace=trace, hooks=hooks)
+                )
                 self._mailboxes[ids[-1]] = mailbox
             outputs = self._finish_all(mailbox, len(ids), use_tqdm)
         finally:
@@ -191,15 +204,31 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
+        cache_salt: str | None = None,
+        trace: Names = None,
+        hooks: Hooks = (),
+        use_tqdm: bool = True,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Complete a conversation, [{"role": ..., "content": ...}, ...], or several of them."""
+        """Complete a conversation, [{"role": ..., "content": ...}, ...], or several of them.
+
+        cache_salt to use_tqdm: as in `generate`. options: those of `Tokenizer.encode_chat`, such as
+        tools, documents, add_generation_prompt, continue_final_message, system, chat_template,
+        chat_template_kwargs and allow_special.
+        """
+        check_chat_options(options)
         many = bool(messages) and isinstance(messages[0], (list, tuple))
         conversations: Any = messages if many else [messages]
         tokenizer = self._need_tokenizer("chat")
-        prompts = [tokenizer.encode_chat(m, tools=tools) for m in conversations]
-        return self.generate(prompts, sampling_params, **options)
+        prompts = [tokenizer.encode_chat(chat, **options) for chat in conversations]
+        return self.generate(
+            prompts,
+            sampling_params,
+            cache_salt=cache_salt,
+            trace=trace,
+            hooks=hooks,
+            use_tqdm=use_tqdm,
+        )
 
     def score(self, prompts: Prompt | Iterable[Prompt], **options: Any) -> list[list[float]]:
         """log p(token | the tokens before it), in nats, of every prompt token after the first."""
@@ -218,17 +247,18 @@ class LLM:
         request_id: str | None = None,
         cache_salt: str | None = None,
         trace: Names = None,
+        hooks: Hooks = (),
     ) -> str:
         """Queue one prompt for `step`. Returns its id.
 
-        cache_salt: share cached prefixes only with the same salt. trace: as in `generate`; what is
-        traced is computed, not read from the prefix cache. Raises MinqwenError for what cannot be
-        served; then nothing is queued.
+        cache_salt: share cached prefixes only with the same salt. trace, hooks: as in `generate`;
+        what is traced is computed, not read from the prefix cache. Raises MinqwenError for what
+        cannot be served; then nothing is queued.
         """
         params = self._checked_params(sampling_params)
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
-        points = self._points(trace, params)
+        points, chosen = self._points(trace, params), [*self._hooks, *self._chosen_hooks(hooks)]
         ids = self._prompt_ids(prompt)
         bad_words, constraints = self._bad_words(params), self._constraints(params)
         arrival = next(self._arrivals)
@@ -240,6 +270,7 @@ class LLM:
             arrival=arrival,
             salt=cache_salt,
             trace=points,
+            hooks=chosen,
         )
         seed = next(self._seeds) if params.seed is None else params.seed
         for index, constraint in enumerate(constraints):
@@ -267,6 +298,25 @@ class LLM:
         self._mailboxes.pop(request_id, None)
         self._unread = [delta for delta in self._unread if delta.request_id != request_id]
 
+    @contextmanager
+    def hooks(self, hooks: Hooks) -> Iterator[None]:
+        """Every request that is added within this context has these hooks, as in `generate`."""
+        outside = self._hooks
+        self._hooks = [*outside, *self._chosen_hooks(hooks)]
+        try:
+            yield
+        finally:
+            self._hooks = outside
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the keys and values of all earlier requests; those that run are computed again.
+
+        The engine does this by itself, at the next step, when a parameter was written to or
+        replaced, when a forward hook came or went, and after `Qwen2.prepare`. Only writes through
+        `.data` or numpy, and changes that hide inside your own modules, need this call.
+        """
+        self.core.reset_prefix_cache()
+
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to report."""
@@ -293,9 +343,9 @@ class LLM:
         spell = None if tokenizer is None else lambda token: tokenizer.decode([token])
         return EngineCore(runner, scheduler, self.mesh, spell)
 
-    def _advance(self) -> None:
+    def _advance(self, undisturbed: bool = False) -> None:
         """One step of the core; every delta goes to whoever waits for it."""
-        for delta in self.core.step():
+        for delta in self.core.step(undisturbed):
             self._mailboxes.get(delta.request_id, self._unread).append(delta)
 
     def _reads(self, request_id: str, mailbox: list[Delta]) -> bool:
@@ -310,11 +360,13 @@ class LLM:
     ) -> dict[str, RequestOutput]:
         """Make steps until `count` requests have sent their outputs to `mailbox`."""
         outputs: dict[str, RequestOutput] = {}
+        undisturbed = False
         tokens, started = 0, time.perf_counter()
         hidden = None if use_tqdm and self.mesh.rank == 0 else True
         with tqdm(total=count, desc="requests", leave=False, disable=hidden) as bar:
             while len(outputs) < count:
-                self._advance()
+                self._advance(undisturbed)
+                undisturbed = True
                 for delta in mailbox:
                     tokens += len(delta.token_ids)
                     if delta.output is not None:
@@ -341,6 +393,16 @@ class LLM:
         if params.n > 1:
             raise SamplingError("trace is for n = 1: ask for one completion")
         return select(trace, self.config.num_hidden_layers)
+
+    def _chosen_hooks(self, hooks: Hooks) -> list[tuple[set[str], Hook]]:
+        """The points of each hook. Raises MinqwenError for what is no list of pairs."""
+        layers = self.config.num_hidden_layers
+        for hook in hooks if isinstance(hooks, (list, tuple)) else [hooks]:
+            if not isinstance(hook, tuple) or len(hook) != 2 or not callable(hook[1]):
+                raise SamplingError(
+                    f"hooks holds {hook!r}: expected a list of pairs (names of points, function)"
+                )
+        return [(select(names, layers), function) for names, function in hooks]
 
     def _new_id(self, request_id: str | None, arrival: int) -> str:
         if request_id is None:
@@ -443,3 +505,12 @@ def is_prompt(x: Any) -> bool:
     if isinstance(x, (str, bytes, dict)) or not isinstance(x, Iterable):
         return True
     return isinstance(x, (list, tuple)) and bool(x) and isinstance(x[0], Integral)
+
+
+def check_chat_options(options: Mapping[str, Any]) -> None:
+    """Raise MinqwenError for what is no keyword of a chat, naming what was meant."""
+    for name in options:
+        if name in (field.name for field in dataclasses.fields(SamplingParams)):
+            raise SamplingError(f"chat has no keyword {name!r}: give SamplingParams({name}=...)")
+    unknown = [name for name in options if name not in KEYWORDS]
+    refuse_unknown(unknown, also=("sampling_params", "cache_salt", "trace", "hooks", "use_tqdm"))

@@ -18,7 +18,7 @@ from minqwen.engine.outputs import (
     RequestOutput,
     TokenLogprobs,
 )
-from minqwen.model.trace import Seen
+from minqwen.model.trace import Hook, Seen
 from minqwen.sampling.draw import Row
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.stopping import StopChecker
@@ -37,6 +37,7 @@ class Request:
     arrival: int = 0  # how many requests came before
     salt: str | None = None  # prefixes are shared only with requests of the same salt
     trace: set[str] = field(default_factory=set)  # the points that the caller wants to see
+    hooks: list[tuple[set[str], Hook]] = field(default_factory=list)  # called at these points
     metrics: Metrics = field(default_factory=lambda: Metrics(time.perf_counter()))
     completions: list[Completion] = field(default_factory=list)
     forked: bool = False  # whether the completions after the first have joined the queue
@@ -50,7 +51,12 @@ class Request:
     @property
     def reads_prefix_cache(self) -> bool:
         """Not if something is wanted that only computing the prompt's tokens gives."""
-        return self.params.prompt_logprobs is None and not self.trace
+        return self.params.prompt_logprobs is None and not self.trace and not self.hooks
+
+    @property
+    def writes_prefix_cache(self) -> bool:
+        """Not if its keys and values are not what the model alone computes."""
+        return not self.hooks
 
     @property
     def finished(self) -> bool:
@@ -133,7 +139,8 @@ class Completion(Row):
     def append(self, token: int, logprobs: TokenLogprobs | None) -> Delta:
         """Take the next token, extend the text, and decide whether this is the end.
 
-        Raises SamplingError for a token that the grammar does not allow.
+        Raises SamplingError for a token that the grammar does not allow, and for a finished text
+        that does not fit its schema.
         """
         if self.constraint is not None:
             self.constraint.accept(token)
@@ -144,6 +151,8 @@ class Completion(Row):
         ending = self._ending_of(token)
         text, stop = self._text_of(token, ending)
         self.text += text
+        if self.constraint is not None and ending is not None and ending.reason == "stop":
+            self.constraint.check(self.text)
         self.ending = ending if stop is None else Ending("stop", stop)
         return self.delta(text, [token], None if logprobs is None else [logprobs])
 
@@ -193,12 +202,13 @@ class Completion(Row):
     def _text_of(self, token: int, ending: Ending | None) -> tuple[str, str | None]:
         """The text that `token` lets a reader see, and the stop string that it completes.
 
-        An end-of-text token that ends the completion is not part of the text.
+        A token that ends the completion as end of text, or the text of a grammar, is no part of it.
         """
         if self.decoder is None:
             return "", None
         text = special = ""
-        if ending != Ending("stop") or token not in self.eos_token_ids:
+        ends_text = ending == Ending("stop") and token in self.eos_token_ids
+        if not (ends_text or (self.constraint is not None and self.constraint.ended)):
             text, special = self.decoder.push([token]), self.decoder.left_out(token)
         if ending is not None:
             text += self.decoder.flush()

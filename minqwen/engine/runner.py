@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from minqwen.engine.scheduler import Scheduled
 from minqwen.engine.tracing import StepTrace
 from minqwen.model import Batch, KVCache, Qwen2
-from minqwen.model.trace import UNTRACED, Tap, TracingTap
+from minqwen.model.trace import UNTRACED, TracingTap
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class StepLogits:
     logits: Tensor
     starts: Sequence[int]
     ends: Sequence[int]
+    failures: Mapping[int, str]  # completions whose hooks failed, and why
 
     def of(self, i: int) -> Tensor:
         """All rows of completion i [n, V]: several only where the prompt's logits are wanted."""
@@ -40,6 +41,12 @@ class Runner:
     def __init__(self, model: Qwen2, cache: KVCache):
         self.model, self.cache = model, cache
 
+    def renew_cache(self) -> None:
+        """A model that has another dtype now, or is on another device, needs another cache."""
+        cache, model = self.cache, self.model
+        if (cache.pool.dtype, cache.pool.device) != (model.dtype, model.device):
+            self.cache = model.new_cache(cache.num_blocks, cache.block_size)
+
     @torch.inference_mode()
     def run(self, step: list[Scheduled]) -> StepLogits:
         """One forward pass: writes the new ids' keys and values, and returns logits."""
@@ -47,15 +54,10 @@ class Runner:
         ids, batch = pack(step, num_logits, self.cache.block_size, self.model.device)
         ends = list(accumulate(num_logits))
         starts = [end - n for end, n in zip(ends, num_logits)]
-        logits: Tensor = self.model(ids, batch, self.cache, self._tap(step, ends))
-        return StepLogits(logits, starts, ends)
-
-    def _tap(self, step: list[Scheduled], ends: Sequence[int]) -> Tap:
-        """What the step's traced requests see of it."""
-        if not any(item.completion.request.trace for item in step):
-            return UNTRACED
-        trace = StepTrace(step, ends)
-        return TracingTap(self.model, trace.names, trace.show)
+        trace = StepTrace(step, starts, ends)
+        tap = TracingTap(self.model, trace.names, trace.show) if trace.names else UNTRACED
+        logits: Tensor = self.model(ids, batch, self.cache, tap)
+        return StepLogits(logits, starts, ends, trace.failures)
 
 
 def pack(

@@ -46,6 +46,7 @@ class Scheduler:
         self.waiting: list[Completion] = []  # both lists are sorted by key
         self.running: list[Completion] = []
         self.num_preemptions = 0
+        self.shares_prefixes = pool.enable_prefix_caching
 
     def add(self, completion: Completion) -> None:
         """Put a completion into the queue."""
@@ -106,13 +107,30 @@ class Scheduler:
     def computed(self, completion: Completion, count: int) -> None:
         """The keys and values of `count` more ids are in the cache, and they are finite."""
         completion.computed += count
+        if not (self.shares_prefixes and completion.request.writes_prefix_cache):
+            return
         size, records = self.pool.block_size, completion.records
-        while self.pool.enable_prefix_caching and (len(records) + 1) * size <= completion.computed:
+        while (len(records) + 1) * size <= completion.computed:
             i = len(records)
             tokens = completion.ids[i * size : (i + 1) * size]
             parent = records[-1] if records else None
             salt = completion.request.salt
             records.append(self.pool.register(completion.blocks[i], parent, tokens, salt))
+
+    def start_over(self, shares_prefixes: bool) -> None:
+        """Forget all keys and values: the model is another now, or somebody asked for it.
+
+        Those who run are computed again from their first token. shares_prefixes: whether keys and
+        values of the new model may be shared.
+        """
+        for completion in [*self.running, *self.waiting]:
+            self._take_blocks(completion)
+            completion.num_cached = 0
+        for completion in self.running:
+            self.add(completion)
+        self.running = []
+        self.pool.reset_prefix_cache()
+        self.shares_prefixes = shares_prefixes and self.pool.enable_prefix_caching
 
     def finish(self, completion: Completion) -> None:
         """The completion is done or aborted: its blocks are free for others."""
@@ -125,7 +143,8 @@ class Scheduler:
     def _admit(self, completion: Completion) -> bool:
         """Claim the blocks that the prefix cache has, if what is missing is free too."""
         matched: list[int] = []
-        if not completion.blocks and completion.request.reads_prefix_cache:
+        reads = self.shares_prefixes and completion.request.reads_prefix_cache
+        if reads and not completion.blocks:
             matched = self.pool.match(completion.ids, completion.request.salt)
         held = len(completion.blocks) + len(matched)
         revived = sum(block in self.pool.unused for block in matched)
@@ -159,11 +178,15 @@ class Scheduler:
         victim = holders[-1] if holders else youngest
         if victim is None:
             return False
-        self.pool.release(victim.blocks)
-        victim.blocks, victim.records, victim.computed = [], [], 0
+        self._take_blocks(victim)
         if victim is youngest:
             victim.num_preemptions += 1
             self.num_preemptions += 1
             self.running.remove(victim)
             self.add(victim)
         return True
+
+    def _take_blocks(self, completion: Completion) -> None:
+        """All its ids will have to be computed again."""
+        self.pool.release(completion.blocks)
+        completion.blocks, completion.records, completion.computed = [], [], 0
