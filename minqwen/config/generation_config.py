@@ -13,6 +13,9 @@ from minqwen.config.model_config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.files import read_json_object
 
+# A lower temperature means greedy decoding, as in vLLM: the differences of scores, divided by it,
+# are so large that almost always the largest score is drawn.
+LEAST_TEMPERATURE = 1e-5
 # Keys of generation_config.json that would change the text, with the values that change nothing.
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -42,10 +45,12 @@ NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 class GenerationDefaults:
     """What generation_config.json asks for, used where the caller says nothing. Raises ConfigError.
 
-    temperature 0 means greedy. It is what do_sample false or absent gives, as in transformers. Left
-    out, every other value is the one that changes nothing: top_p 1, top_k 0, min_p 0,
-    repetition_penalty 1 (transformers itself would apply a top_k of 50). eos_token_ids joins the
-    stop tokens of generation_config.json and config.json.
+    temperature 0 means greedy. It is what do_sample false or absent gives, as in transformers, and
+    what a temperature below LEAST_TEMPERATURE gives. max_new_tokens counts the output alone,
+    max_length prompt and output together; where the file has both, the first one counts. Left out,
+    every other value is the one that changes nothing: top_p 1, top_k 0, min_p 0, repetition_penalty
+    1 (transformers itself would apply a top_k of 50). eos_token_ids joins the stop tokens of
+    generation_config.json and config.json.
     """
 
     temperature: float = 0.0
@@ -58,6 +63,7 @@ class GenerationDefaults:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     max_new_tokens: int | None = None
+    max_length: int | None = None
 
     @classmethod
     def from_dir(cls, path: str | os.PathLike[str], config: ModelConfig) -> GenerationDefaults:
@@ -83,14 +89,13 @@ class GenerationDefaults:
         stops = token_ids(f"{source}: eos_token_id", given.get("eos_token_id"))
         bos = given.get("bos_token_id", config.bos_token_id)
         pad = given.get("pad_token_id", config.pad_token_id)
-        length = given.get("max_new_tokens")
         return cls(
-            temperature=temperature if do_sample else 0.0,
+            temperature=temperature if do_sample and temperature >= LEAST_TEMPERATURE else 0.0,
             do_sample=do_sample,
             eos_token_ids=tuple(dict.fromkeys(stops + config.eos_token_id)),
             bos_token_id=optional_integer(f"{source}: bos_token_id", bos, 0),
             pad_token_id=optional_integer(f"{source}: pad_token_id", pad, 0),
-            max_new_tokens=optional_integer(f"{source}: max_new_tokens", length, 1),
+            **_lengths(source, given),
             **_filters(source, given),
         )
 
@@ -101,6 +106,15 @@ def _check_implemented(source: str, given: Mapping[str, Any]) -> None:
             expected = " or ".join([*map(repr, neutral), "no such key"])
             remedy = "it changes what is generated and is not implemented; remove it"
             raise wrong(f"{source}: {key}", given[key], expected, remedy)
+
+
+def _lengths(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that end the text, of which only one is not None."""
+    names = ("max_new_tokens", "max_length")
+    lengths = {name: optional_integer(f"{source}: {name}", given.get(name), 1) for name in names}
+    if lengths["max_new_tokens"] is not None:
+        lengths["max_length"] = None
+    return lengths
 
 
 def _filters(source: str, given: Mapping[str, Any]) -> dict[str, Any]:

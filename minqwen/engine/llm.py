@@ -259,7 +259,8 @@ class LLM:
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
         points, chosen = self._points(trace, params), [*self._hooks, *self._chosen_hooks(hooks)]
-        ids = self._prompt_ids(prompt)
+        ids, room = self._prompt_ids(prompt), self._room(params)
+        _check_room(len(ids), self.max_model_len, room)
         bad_words, constraints = self._bad_words(params), self._constraints(params)
         arrival = next(self._arrivals)
         request = Request(
@@ -284,7 +285,7 @@ class LLM:
                 index=index,
                 eos_token_ids=self.defaults.eos_token_ids,
                 bad_words=bad_words,
-                max_model_len=self.max_model_len,
+                max_model_len=room,
                 decoder=decoder,
                 constraint=constraint,
             )
@@ -461,12 +462,16 @@ class LLM:
         for i in ids:
             if not is_integer(i) or not 0 <= i < V:
                 raise SamplingError(f"prompt token id is {i!r}, expected 0 to {V - 1}")
-        if len(ids) >= self.max_model_len:
-            raise SamplingError(
-                f"the prompt has {len(ids)} tokens, but prompt and output together have room for "
-                f"{self.max_model_len} (max_model_len): shorten it, or raise max_model_len"
-            )
         return [int(i) for i in ids]
+
+    def _room(self, params: SamplingParams) -> int:
+        """Most tokens of prompt and output together.
+
+        The checkpoint's max_length counts where max_tokens does not say how many are new.
+        """
+        if params.max_tokens is not None or self.defaults.max_length is None:
+            return self.max_model_len
+        return min(self.max_model_len, self.defaults.max_length)
 
     def _entropy(self) -> int:
         seed = torch.tensor([secrets.randbits(62)], device=self.model.device)
@@ -514,3 +519,16 @@ def check_chat_options(options: Mapping[str, Any]) -> None:
             raise SamplingError(f"chat has no keyword {name!r}: give SamplingParams({name}=...)")
     unknown = [name for name in options if name not in KEYWORDS]
     refuse_unknown(unknown, also=("sampling_params", "cache_salt", "trace", "hooks", "use_tqdm"))
+
+
+def _check_room(prompt: int, context: int, room: int) -> None:
+    """Raise SamplingError for a prompt after which there is room for no token."""
+    if prompt < room:
+        return
+    name, remedy = "max_model_len", "shorten it, or raise max_model_len"
+    if room < context:
+        name, remedy = "max_length of generation_config.json", "shorten it, or give max_tokens"
+    raise SamplingError(
+        f"the prompt has {prompt} tokens, but prompt and output together have room for {room} "
+        f"({name}): {remedy}"
+    )

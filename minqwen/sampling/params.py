@@ -9,6 +9,7 @@ from typing import Any
 
 from minqwen.checks import boolean, did_you_mean, is_finite, is_integer, number, wrong
 from minqwen.config import GenerationDefaults
+from minqwen.config.generation_config import LEAST_TEMPERATURE
 from minqwen.errors import SamplingError
 from minqwen.sampling.structured import StructuredOutputs
 
@@ -23,11 +24,11 @@ class SamplingParams:
     """How one request is sampled: vLLM's fields, names and defaults. Raises SamplingError.
 
     top_k 0 or -1, top_p 1, min_p 0 and the neutral penalties switch a step off; temperature 0 is
-    greedy. max_tokens None is the rest of the context. logprobs N asks for the chosen token and the
-    N likeliest (-1: all). stop, stop_token_ids, bad_words and forced_ids become tuples; None stands
-    for no items. forced_ids (teacher forcing) are emitted in order and end the request: they set
-    max_tokens to their number, and ignore_eos. What could leave a grammar without a token, or end
-    its text before it parses, cannot go with structured_outputs.
+    greedy. max_tokens None is the rest of the context, or of the checkpoint's max_length. logprobs
+    N asks for the chosen token and the N likeliest (-1: all). stop, stop_token_ids, bad_words and
+    forced_ids become tuples; None stands for no items. forced_ids (teacher forcing) are emitted in
+    order and end the request: they set max_tokens to their number, and ignore_eos. What could leave
+    a grammar without a token, or end its text before it parses, cannot go with structured_outputs.
     """
 
     n: int = 1
@@ -92,7 +93,8 @@ class SamplingParams:
             name: getattr(defaults, name)
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         }
-        if defaults.max_new_tokens is not None:
+        # The engine knows what max_length, prompt and output together, leaves for the output.
+        if defaults.max_new_tokens is not None or defaults.max_length is not None:
             ours["max_tokens"] = defaults.max_new_tokens
         return cls(**{**ours, **explicit})
 
@@ -143,8 +145,8 @@ def _wrong(name: str, value: object, expected: str) -> Exception:
 
 
 def _temperature(name: str, value: Any) -> float:
-    if not is_finite(value) or not (value == 0 or value >= 1e-5):
-        raise _wrong(name, value, "0 (greedy) or a number >= 1e-05")
+    if not is_finite(value) or not (value == 0 or value >= LEAST_TEMPERATURE):
+        raise _wrong(name, value, f"0 (greedy) or a number >= {LEAST_TEMPERATURE:g}")
     return float(value)
 
 

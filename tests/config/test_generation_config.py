@@ -17,6 +17,7 @@ from support.configs import (
 
 from minqwen.config import GenerationDefaults, ModelConfig
 from minqwen.errors import ConfigError
+from minqwen.sampling.params import SamplingParams
 
 
 def generation(tmp_path, d, config=BFLOAT16_7B):
@@ -87,6 +88,36 @@ def test_what_is_left_out_changes_nothing(tmp_path):
     assert generation(tmp_path, {"do_sample": True, "temperature": 0}).temperature == 0
 
 
+def test_what_loads_can_be_sampled_with(tmp_path):
+    """Also at the ends of what a file may say; a temperature that is next to greedy is greedy."""
+    smallest, largest = 5e-324, 1e299
+    ends = {
+        "temperature": (0, smallest, 1e-6, 9.9e-6, 1e-5, largest),
+        "top_p": (smallest, 1),
+        "top_k": (-1, 0, 1, 2**63 - 1),
+        "min_p": (0, smallest, 1),
+        "repetition_penalty": (smallest, largest),
+        "max_new_tokens": (1, 2**63 - 1),
+        "max_length": (1, 2**63 - 1),
+    }
+    for key, values in ends.items():
+        for value in values:
+            defaults = generation(tmp_path, {"do_sample": True, key: value})
+            params = SamplingParams.from_defaults(defaults)
+            if key == "temperature":
+                assert params.temperature == (value if value >= 1e-5 else 0)
+
+
+def test_a_length_of_prompt_and_output_together_leaves_the_number_of_new_tokens_open(tmp_path):
+    defaults = generation(tmp_path, {"max_length": 12})
+    assert defaults.max_length == 12
+    assert SamplingParams.from_defaults(defaults).max_tokens is None
+    assert SamplingParams.from_defaults(defaults, max_tokens=3).max_tokens == 3
+    both = generation(tmp_path, {"max_length": 12, "max_new_tokens": 30})
+    assert both.max_length is None  # as in transformers, max_new_tokens wins
+    assert SamplingParams.from_defaults(both).max_tokens == 30
+
+
 BAD_GENERATION = {
     "temperature": (-0.1, "1", True, math.nan, math.inf),
     "top_p": (0, 1.1, -1, "0.8", True),
@@ -95,6 +126,7 @@ BAD_GENERATION = {
     "do_sample": (1, "true"),
     "repetition_penalty": (0, -1, "1.1", math.nan),
     "max_new_tokens": (0, -1, 2.5, True),
+    "max_length": (0, -1, 2.5, True),
     "eos_token_id": (-1, "x", [1, None], 1.5, {}),
     "bos_token_id": ([1], -1),
     "pad_token_id": ("a", -1),
