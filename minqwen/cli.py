@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from minqwen.checks import did_you_mean
 from minqwen.errors import MinqwenError
@@ -128,11 +129,13 @@ def is_first_rank() -> bool:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command line: a user's mistake is one line on stderr, from rank 0, and exit code 2."""
+    """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2."""
     try:
         sys.exit(main())
     except MinqwenError as error:
-        if is_first_rank():
+        if dist.is_initialized():  # the watch of the ranks has put its own hook here
+            sys.excepthook(type(error), error, None)
+        elif is_first_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -147,7 +150,8 @@ def share_text(mesh: Mesh, text: str | None) -> str | None:
     if mesh.size == 1:
         return text
     raw = b"" if text is None else text.encode("utf-8", "surrogatepass")
-    size = int(mesh.broadcast(torch.tensor([-1 if text is None else len(raw)], device=mesh.device)))
+    length = torch.tensor([-1 if text is None else len(raw)], device=mesh.device)
+    size = int(mesh.broadcast(length, patient=True))  # rank 0 may wait for its user
     if size < 0:
         return None
     data = torch.zeros(size, dtype=torch.uint8, device=mesh.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ParallelError
-from minqwen.watch import Watch
+from minqwen.watch import FAREWELL, Watch
 
 # ------------------------------------------------------------------------------------- the plan
 # Suffix of a parameter's name -> (dimension that is split, what it is split by). A parameter that
@@ -142,7 +142,8 @@ class Mesh:
 
     All ranks call the same collectives in the same order, with equal shapes and dtypes. Use what a
     collective returns, because its argument may be overwritten. The result is the same on every
-    rank, bit for bit. When a peer is gone, a collective does not raise: watch.py ends the process.
+    rank, bit for bit. When a peer is gone or does not come, a collective does not raise: watch.py
+    ends the process.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -157,8 +158,9 @@ class Mesh:
         these variables it is rank 0 of 1, and there is no process group.
 
         device: "cuda" (this rank's own GPU), "cpu", or None: GPUs if the node has one per rank.
-        timeout_s: seconds of silence after which a rank counts as stopped and all ranks end;
-        default $MINQWEN_TIMEOUT, else 60. Arriving may take as long, and in any case 60 s.
+        timeout_s: seconds of silence, or of absence from a collective in which others wait, after
+        which a rank counts as stopped and all ranks end; default $MINQWEN_TIMEOUT, else 60.
+        Arriving may take as long, and in any case 60 s.
         CPU ranks take cores / ranks threads each, unless the user set OMP_NUM_THREADS.
         Raises ParallelError when a variable makes no sense, a GPU is missing, or a rank does not
         arrive.
@@ -192,7 +194,7 @@ class Mesh:
             _bind_to_loopback()
         watched, grouped = self._store("watch"), self._store("group")
         self._watch = Watch(self.rank, self.size, timeout, watched)
-        atexit.register(self.close, linger=0)
+        atexit.register(self.close, at_exit=True)
         cuda = self.device.type == "cuda"
         # A short timeout of the group would end a chat whose user is thinking. The watch notices a
         # silent rank.
@@ -232,6 +234,14 @@ class Mesh:
             ) from None
         return dist.PrefixStore(f"minqwen/{attempt}/{user}", store)
 
+    def _join(self, collective: Callable[[], object], patient: bool = False) -> None:
+        """One collective, counted: the watch names a rank that does not join it."""
+        if self._watch is not None:
+            self._watch.begin(patient)
+        self._run(collective)
+        if self._watch is not None and self.device.type == "cpu":
+            self._watch.finish()
+
     def _run(self, collective: Callable[[], object]) -> None:
         try:
             collective()
@@ -250,7 +260,7 @@ class Mesh:
             return t
         total = t.to(dtype or t.dtype).contiguous()
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-        self._run(lambda: dist.all_reduce(total, operation))
+        self._join(lambda: dist.all_reduce(total, operation))
         return total.to(t.dtype)
 
     def all_gather(self, t: Tensor, dim: int = -1) -> Tensor:
@@ -259,30 +269,34 @@ class Mesh:
             return t
         t = t.contiguous()
         parts = [torch.empty_like(t) for _ in range(self.size)]
-        self._run(lambda: dist.all_gather(parts, t))
+        self._join(lambda: dist.all_gather(parts, t))
         return torch.cat(parts, dim)
 
-    def broadcast(self, t: Tensor, src: int = 0) -> Tensor:
-        """Rank `src`'s `t`; the others pass any tensor of its shape and dtype."""
+    def broadcast(self, t: Tensor, src: int = 0, patient: bool = False) -> Tensor:
+        """Rank `src`'s `t`; the others pass any tensor of its shape and dtype.
+
+        patient: the others wait however long `src` takes, because it waits for its user. Otherwise
+        a rank that does not come within the timeout ends the run.
+        """
         if self.size == 1:
             return t
         t = t.contiguous()
-        self._run(lambda: dist.broadcast(t, src))
+        self._join(lambda: dist.broadcast(t, src), patient)
         return t
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
 
-    def close(self, linger: float = 5) -> None:
+    def close(self, linger: float = 5, at_exit: bool = False) -> None:
         """Leaves the mesh once all ranks do, or after `linger` seconds. A second call does nothing.
         It also runs when the process exits."""
         watch, self._watch = self._watch, None
         if watch is None:
             return
-        watch.leave(linger)
-        # At exit (linger is 0) a collective may be unfinished, and this would wait for it for ever.
-        if linger and dist.is_initialized():
+        watch.leave(FAREWELL if at_exit else linger)
+        # At exit a collective may be unfinished, and this would wait for it for ever.
+        if not at_exit and dist.is_initialized():
             dist.destroy_process_group()
 
 

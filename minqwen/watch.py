@@ -1,4 +1,5 @@
-"""Ends a broken run: when a rank is killed or stops, all ranks end, with one line that names it.
+"""Ends a broken run: when a rank fails or does not go on, all ranks end, with one line that names
+it and the reason.
 
 Without this the other ranks would wait in a collective until it times out, and its error would not
 say which rank is to blame.
@@ -11,19 +12,24 @@ import json
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
 from minqwen.errors import ParallelError
+from minqwen.files import printable
 
 NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
+MISSED = "left while it was still needed"
 TORCHRUN = -1  # stands for torchrun's own process where ranks are numbered
+LOADING = 1800  # seconds that a rank may be late at its first collective: it reads weights
+FAREWELL = 5  # seconds that a process which ends gives the others to say that they need it
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -36,6 +42,23 @@ class Process(NamedTuple):
     space: str
 
 
+class Word(NamedTuple):
+    """What a rank writes to the store at every beat."""
+
+    beats: int = 0
+    left: bool = False  # the rank ends of its own accord
+    joined: int = 0  # how many collectives it has joined
+    place: str = ""  # where its main thread is: "file.py:12 in function"
+
+
+class Awaited(NamedTuple):
+    """What a rank waits for in its collective number `joined`: peers that joined only `least`."""
+
+    joined: int
+    least: int
+    peers: frozenset[int]
+
+
 class Watch(threading.Thread):
     """A thread in every rank that watches all other ranks, which are called its peers.
 
@@ -44,15 +67,21 @@ class Watch(threading.Thread):
 
     - A peer is killed or crashes. The pidfd of every peer on this node, and of torchrun, becomes
       readable when that process ends. Only Linux has pidfds.
-    - A peer is stopped, hangs in the kernel or is cut off. Every rank keeps a word in torchrun's
-      store, a count that it raises at every beat (at least once a second). When a peer's word has
-      stood still for `timeout` seconds, the peer is lost. If it is on this node it is killed too,
-      because torchrun would wait 30 s for it.
-    - A peer ends of its own accord, for whatever reason. Its last word is then "left". That alone
-      is no loss, but it becomes one when a collective of this rank fails.
+    - A peer is stopped, hangs in the kernel or is cut off. Every rank keeps a `Word` in torchrun's
+      store, with a count that it raises at every beat (at least once a second). When a peer's word
+      has stood still for `timeout` seconds, the peer is lost. If it is on this node it is killed
+      too, because torchrun would wait 30 s for it.
+    - A peer lives but does not join the collective in which this rank has waited for `timeout`
+      seconds: it sleeps or runs in a circle in its own code. Words say how many collectives a rank
+      has joined. Of several peers that are behind, those that are furthest behind are to blame. A
+      peer that has not joined any yet may be reading weights, and has LOADING seconds. In a patient
+      collective a rank may wait for ever, as the others do while rank 0 waits for its user.
+    - A peer ends of its own accord, for whatever reason. Its last word says so. That alone is no
+      loss, but it becomes one when this rank waits in a collective that the peer has not joined, or
+      when a collective of this rank fails.
 
-    It does not notice a rank that lives but never joins a collective: rank 0 does the same while it
-    waits for its user.
+    A rank whose main thread ends with an exception prints the line itself. Where all ranks fail
+    alike, rank 0 does.
 
     When a rank fails, torchrun sends SIGTERM to the other ranks; after Ctrl-C it sends SIGINT.
     Either signal raises SystemExit in the main thread, after half a second in which this thread can
@@ -69,6 +98,9 @@ class Watch(threading.Thread):
         self.beat = min(1.0, timeout / 8)  # seconds from one look at the others to the next
         self.beats = 0
         self.leaving = False  # this rank ends of its own accord
+        self.failing = False  # this rank ends with an exception
+        self.joined = 0  # how many collectives the main thread has joined
+        self.waiting = self.patient = False  # in one of them now, and for as long as it takes
         self.ended = False  # some rank has printed the line
         self.failed_at = NEVER  # when a collective of this rank failed
         self.exit_at = NEVER  # when to end this process because a signal came
@@ -77,8 +109,10 @@ class Watch(threading.Thread):
         self.lost: dict[int, str] = {}  # other peers that are gone, or torchrun, and what happened
         self.peers = self._meet(max(timeout, 60))
         self.looked = time.monotonic()
-        self.words = dict.fromkeys(self.peers, b"")  # the last word of each peer ...
+        self.words = dict.fromkeys(self.peers, Word(-1))  # the last word of each peer ...
         self.heard = dict.fromkeys(self.peers, self.looked)  # ... and when it was new
+        self.awaited: Awaited | None = None  # what this rank waits for ...
+        self.awaited_since = self.looked  # ... and since when
         self.poll = select.poll()
         self.pidfds: dict[int, int] = {}
         for r, process in {**self.peers, TORCHRUN: Process(os.getppid(), _pid_space())}.items():
@@ -87,12 +121,13 @@ class Watch(threading.Thread):
         os.set_blocking(self.wake, False)
         self.poll.register(self.waker, select.POLLIN)
         self.handlers = self._catch_signals()
+        self.excepthook, sys.excepthook = sys.excepthook, self._report
         self.start()
 
     def _meet(self, patience: float) -> dict[int, Process]:
         """Waits until every rank has written who it is. Returns each peer's process."""
         self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space()]))
-        self.store.set(f"word/{self.rank}", "0")
+        self.store.set(f"word/{self.rank}", json.dumps(Word()))
         deadline = time.monotonic() + patience
         peers = [r for r in range(self.size) if r != self.rank]
         for r in peers:
@@ -138,7 +173,7 @@ class Watch(threading.Thread):
         """Looks at the others once a beat, until this rank leaves or the run is broken."""
         while not self.leaving:
             self._look(self.beat)
-            if self.lost or self.ended:
+            if self.lost or (self.ended and not self.failing):
                 time.sleep(0.1)
                 self._look(0)  # peers that died at the same time are named in the same line
                 self._end()
@@ -157,6 +192,7 @@ class Watch(threading.Thread):
         self._note_ended(ready)
         self._note_silent(now)
         self._note_missed(now)
+        self._note_absent(now)
         if now > self.exit_at:
             os._exit(self.exit_code)
 
@@ -166,6 +202,7 @@ class Watch(threading.Thread):
         self.looked = now
         if pause > self.beat:
             self.heard = {r: then + pause for r, then in self.heard.items()}
+            self.awaited_since += pause
 
     def _note_signals(self, ready: set[int], now: float) -> None:
         """After a signal the main thread has two seconds to end this process."""
@@ -179,19 +216,20 @@ class Watch(threading.Thread):
         """Writes this rank's word to the store and reads those of its peers."""
         self.beats += 1
         try:
-            self.store.set(f"word/{self.rank}", "left" if self.leaving else str(self.beats))
+            own = Word(self.beats, self.leaving, self.joined, _place())
+            self.store.set(f"word/{self.rank}", json.dumps(own))
             words = self.store.multi_get([f"word/{r}" for r in self.peers])
             self.ended = self.store.check(["ended"])
         except RuntimeError:
             self.lost[TORCHRUN] = "torchrun's store does not answer"
             return
         for r, word in zip(self.peers, words):
-            self._hear(r, word, now)
+            self._hear(r, Word(*json.loads(word)), now)
 
-    def _hear(self, r: int, word: bytes, now: float) -> None:
-        if word != self.words[r]:
+    def _hear(self, r: int, word: Word, now: float) -> None:
+        if word.beats != self.words[r].beats:
             self.words[r], self.heard[r] = word, now
-        if word == b"left":
+        if word.left:
             self.left.add(r)
 
     def _note_ended(self, ready: set[int]) -> None:
@@ -210,10 +248,38 @@ class Watch(threading.Thread):
                 self.lost.setdefault(r, f"has been silent for {patience:g} s (stopped or hung)")
 
     def _note_missed(self, now: float) -> None:
-        """A second after a failed collective, the peers that left are to blame for it. But when a
-        signal ends this rank, the run is ending anyway and nobody is."""
-        if now > self.failed_at + 1 and self.exit_at == NEVER:
-            self.lost |= dict.fromkeys(self.left, "left while it was still needed")
+        """Peers that left are lost if they have not joined the collective in which this rank waits,
+        and a second after a failed one. But when a signal ends this rank, the run is ending anyway
+        and nobody is to blame."""
+        if self.exit_at != NEVER:
+            return
+        missed = self.left
+        if now <= self.failed_at + 1:
+            missed = {r for r in self.left if self.waiting and self.words[r].joined < self.joined}
+        self.lost |= dict.fromkeys(missed, MISSED)
+
+    def _note_absent(self, now: float) -> None:
+        """Peers are lost when this rank has waited for them, in one collective, for too long."""
+        awaited = self._awaited()
+        if awaited != self.awaited:
+            self.awaited, self.awaited_since = awaited, now
+        if awaited is None:
+            return
+        patience = self.timeout if awaited.least else max(self.timeout, LOADING)
+        if now - self.awaited_since > patience:
+            for r in awaited.peers:
+                where = self.words[r].place
+                self.lost.setdefault(
+                    r, f"has not joined the others for {patience:g} s (it is busy at {where})"
+                )
+
+    def _awaited(self) -> Awaited | None:
+        """The peers that are furthest behind the collective in which this rank waits."""
+        least = min(word.joined for word in self.words.values())
+        if not self.waiting or self.patient or least >= self.joined:
+            return None
+        behind = frozenset(r for r, word in self.words.items() if word.joined == least)
+        return Awaited(self.joined, least, behind)
 
     def _end(self) -> NoReturn:
         """Prints the line if no other rank does, kills the lost ranks of this node, and exits."""
@@ -239,9 +305,48 @@ class Watch(threading.Thread):
         reasons = []
         for r, reason in sorted(self.lost.items()):
             if r != TORCHRUN:
-                reason = f"rank {r} of {self.size} (pid {self.peers[r].pid}) {reason}"
+                reason = f"{self._who(r, self.peers[r].pid)} {reason}"
             reasons.append(reason)
         return "; ".join(reasons)
+
+    def _who(self, r: int, pid: int) -> str:
+        return f"rank {r} of {self.size} (pid {pid})"
+
+    def _report(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """As sys.excepthook: an exception ends this rank. Without a traceback, which cli.run does
+        not give, only the line is printed. (torch.distributed puts a hook of its own around this
+        one, so it stays, and does nothing once this rank has left.)"""
+        if trace is not None:
+            self.excepthook(kind, error, trace)
+        if self.leaving or issubclass(kind, KeyboardInterrupt):
+            return  # the others do not need this rank, or torchrun says that it was interrupted
+        self.failing = True
+        if self.rank:
+            self._let_rank_0_speak(time.monotonic() + FAREWELL)
+        if self._is_first():
+            said = printable((str(error).splitlines() or [""])[0][:500])
+            name = self._who(self.rank, os.getpid())
+            os.write(2, f"error: {name} raised {kind.__name__}: {said}: all ranks stop\n".encode())
+
+    def _let_rank_0_speak(self, deadline: float) -> None:
+        """Waits until rank 0 has failed too, or waits in a collective without this rank."""
+        while not self.ended and self.words[0].joined <= self.joined:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+
+    def begin(self, patient: bool) -> None:
+        """The main thread joins its next collective. patient: however late the others are."""
+        self.patient = patient
+        self.joined += 1
+        self.waiting = True
+
+    def finish(self) -> None:
+        """The collective has returned. Those on a GPU return before they are done, and are then
+        waited for until the next one begins."""
+        self.waiting = False
 
     def investigate(self) -> None:
         """The main thread calls this when a collective failed. If a peer is to blame, this process
@@ -257,7 +362,7 @@ class Watch(threading.Thread):
         os.write(self.wake, b"\0")
         self.join()
         self._look(0)  # this writes the last word
-        if linger:
+        if self.exit_at == NEVER:
             self._wait_for_others(time.monotonic() + linger)
         if self.handlers and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
@@ -265,7 +370,10 @@ class Watch(threading.Thread):
                 signal.signal(number, handler)
 
     def _wait_for_others(self, deadline: float) -> None:
+        """Until all have left or, if somebody has printed the line, no longer."""
         while not self.lost and self.left != self.peers.keys() and time.monotonic() < deadline:
+            if self.ended:
+                return
             self._look(0.02)
         if self.lost:
             self._end()
@@ -275,6 +383,15 @@ def _unwind(number: int, frame: FrameType | None) -> NoReturn:
     """Ends the main thread, after the watch has had time to name the reason."""
     time.sleep(0.5)
     raise SystemExit(128 + number)
+
+
+def _place() -> str:
+    """Where the main thread of this process is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "its end"
+    code = frame.f_code
+    return f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
 
 
 def _pid_space() -> str:

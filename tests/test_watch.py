@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+import pytest
 from support.torchrun import torchrun
 
 # After 20 of `steps` sums rank `victim` prints its pid and does `deed`.
 SUMS = """
-import os, signal, subprocess, sys, torch
+import os, signal, subprocess, sys, time, torch
 from minqwen.parallel import Mesh
 mesh = Mesh.from_env("cpu")
 victim, deed, steps = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -78,6 +79,110 @@ def test_a_rank_that_leaves_early_ends_all():
     reason = "left while it was still needed"
     assert end.errors == [f"error: rank 1 of 2 (pid {end.pid}) {reason}: all ranks stop"]
     assert end.code != 0 and not end.tracebacks
+
+
+def name(rank: int, size: int, end: Ending) -> str:
+    return f"rank {rank} of {size} (pid {end.pid})"
+
+
+STOP = "all ranks stop"
+
+
+def test_a_rank_that_exits_with_a_status_ends_all():
+    end = run(3, 1, "sys.exit(3)")
+    assert end.errors == [f"error: {name(1, 3, end)} left while it was still needed: {STOP}"]
+    assert end.code != 0 and not end.tracebacks
+
+
+def test_a_rank_that_raises_says_so_once():
+    end = run(3, 2, "raise ValueError('no such token\\nsecond line')")
+    said = f"error: {name(2, 3, end)} raised ValueError: no such token: {STOP}"
+    assert end.errors == [said]
+    assert end.code != 0 and {line[5] for line in end.tracebacks} == {"2"}
+
+
+ALL_RAISE = """
+import os
+from minqwen.parallel import Mesh
+mesh = Mesh.from_env("cpu")
+print(mesh.rank, os.getpid(), flush=True)
+mesh.barrier()
+raise KeyError("the same for all")
+"""
+
+
+def test_where_all_raise_alike_one_speaks():
+    done = torchrun(3, ALL_RAISE)
+    pids = dict(line.split() for line in done.stdout.splitlines())
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    expected = [
+        f"error: rank {r} of 3 (pid {pids[r]}) raised KeyError: 'the same for all': {STOP}"
+        for r in "012"
+    ]
+    assert error in expected
+
+
+ONE_MISTAKE = """
+import sys
+from minqwen.cli import run
+from minqwen.errors import CheckpointError
+from minqwen.parallel import Mesh
+
+def main():
+    mesh = Mesh.from_env("cpu")
+    mesh.barrier()
+    if str(mesh.rank) in sys.argv[1]:
+        raise CheckpointError("the file is damaged")
+    mesh.barrier()
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("ranks", ["1", "01"])
+def test_a_mistake_that_cli_run_reports_is_one_line_whoever_makes_it(ranks):
+    done = torchrun(2, ONE_MISTAKE, [ranks])
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = rf"rank [{ranks}] of 2 \(pid \d+\) raised CheckpointError: the file is damaged: {STOP}"
+    assert re.fullmatch(f"error: {said}", error)
+    assert done.returncode != 0 and "[rank" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "size, victim, deed, place",
+    [
+        (3, 0, "while True: pass", "<string>:1 in <module>"),
+        (2, 1, "time.sleep(10**6)", "<string>:1 in <module>"),
+        (2, 0, "import threading\n\nthreading.Event().wait()", "threading.py:"),
+    ],
+    ids=["runs in a circle", "sleeps", "waits"],
+)
+def test_a_rank_that_lives_and_does_not_go_on_is_named_with_its_place(size, victim, deed, place):
+    end = run(size, victim, deed, MINQWEN_TIMEOUT="2")
+    [error] = end.errors
+    reason = f"has not joined the others for 2 s (it is busy at {place}"
+    assert error.startswith(f"error: {name(victim, size, end)} {reason}") and error.endswith(STOP)
+    assert end.code != 0 and not end.tracebacks
+
+
+LATE = """
+import os, sys, time, torch
+from minqwen.parallel import Mesh
+mesh = Mesh.from_env("cpu")
+if mesh.rank == 1:
+    time.sleep(4)  # reads its weights
+mesh.barrier()
+for turn in range(2):
+    if mesh.rank == 0:
+        time.sleep(4)  # its user thinks
+    mesh.broadcast(torch.ones(1), patient=True)
+print("done", flush=True)
+"""
+
+
+def test_a_rank_may_be_late_at_first_and_while_its_user_thinks():
+    done = torchrun(2, LATE, env={"MINQWEN_TIMEOUT": "1"})
+    assert done.returncode == 0 and done.stdout == "done\ndone\n" and "error" not in done.stderr
 
 
 def test_ctrl_c_is_quiet():

@@ -45,7 +45,7 @@ class ThreadMesh(Mesh):
     def all_gather(self, t: Tensor, dim: int = -1) -> Tensor:
         return torch.cat(self._exchange(t), dim)
 
-    def broadcast(self, t: Tensor, src: int = 0) -> Tensor:
+    def broadcast(self, t: Tensor, src: int = 0, patient: bool = False) -> Tensor:
         return self._exchange(t)[src]
 
 
