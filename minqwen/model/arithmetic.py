@@ -78,6 +78,7 @@ class Native:
 
     name = "native"
     order_free = False  # True: the order of a sum (batch, degree, kernel) changes no bit
+    differentiable = True  # False: no gradient passes through it
     can_save = True  # False: the weights in memory are no longer those of the checkpoint
 
     def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:

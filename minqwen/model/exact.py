@@ -239,6 +239,7 @@ class Exact(Native):
 
     name = "exact"
     order_free = True
+    differentiable = False  # rounding to a grid has no useful derivative
     can_save = False  # weights are snapped
 
     def __init__(self, widen: bool | None = None):

@@ -12,6 +12,7 @@ V vocabulary rows.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 from minqwen.checks import did_you_mean
 from minqwen.config import ModelConfig
-from minqwen.errors import ConfigError
+from minqwen.errors import ConfigError, MinqwenError
 from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
 from minqwen.model.batch import Batch
 from minqwen.model.exact import Exact
+from minqwen.model.inputs import check_batch, check_ids, check_mask, context_warning
 from minqwen.model.kv_cache import KVCache
 from minqwen.model.rope import table_length
 from minqwen.model.trace import (
@@ -205,6 +207,7 @@ class Qwen2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self._warned = False  # of too long a context
         # For `changes.Changes`: how often the whole model was prepared, and hooks of our own that
         # change no value.
         self.preparations = 0
@@ -284,6 +287,11 @@ class Qwen2(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether the arithmetic has gradients."""
+        return self.ops.differentiable
+
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Room for `num_blocks * block_size` tokens of this rank's keys and values."""
         c, kv_heads = self.config, kv_heads_per_rank(self.config, self.mesh.size)
@@ -326,22 +334,43 @@ class Qwen2(nn.Module):
         batch: Batch | None = None,
         cache: KVCache | None = None,
         tap: Tap = UNTRACED,
+        *,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token, in the model's dtype.
 
         Without a batch: ids [B, T] -> logits [B, T, V], no cache: the oracle. With one: ids [T],
         packed -> logits [N, V] of the tokens that `batch.logits_at` names (of all T if None).
+        attention_mask: all ones, or None. There is no padding. Raises MinqwenError for ids, a mask
+        or a batch that cannot be computed; warns once of more tokens than the model was made for.
         """
+        check_mask(attention_mask)
+        if torch.is_grad_enabled() and not self.ops.differentiable:
+            self._refuse_gradients()
+        packed = ids
+        dense = batch is None
         if batch is None:
-            if ids.dim() != 2:
-                raise ValueError(
-                    f"ids have shape {tuple(ids.shape)}, expected [B, T] "
-                    "(or a Batch, and then packed tokens)"
-                )
-            batch = Batch.dense(ids.shape[0], ids.shape[1], ids.device)
-            logits: Tensor = self._logits(ids.flatten(), batch, cache, tap).unflatten(0, ids.shape)
-            return logits
-        return self._logits(ids, batch, cache, tap)
+            check_ids(ids, self.config)
+            batch, packed = Batch.dense(ids.shape[0], ids.shape[1], ids.device), ids.flatten()
+            if cache is not None:
+                raise MinqwenError("a cache needs a Batch that says where its tokens go")
+        check_batch(packed, batch, cache is not None)
+        self._watch_length(max(batch.context_lens))
+        logits = self._logits(packed, batch, cache, tap)
+        return logits.unflatten(0, ids.shape) if dense else logits
+
+    def _refuse_gradients(self) -> None:
+        if any(p.requires_grad for p in self.parameters()):
+            raise ConfigError(
+                f"{self.ops.name} arithmetic has no gradients: call requires_grad_(False), or load "
+                "the model with arithmetic='native'"
+            )
+
+    def _watch_length(self, length: int) -> None:
+        """Warn once of more tokens than the model was made for."""
+        if length > self.config.context_length and not self._warned:
+            self._warned = True
+            warnings.warn(context_warning(length, self.config), stacklevel=5)
 
     def _logits(self, ids: Tensor, batch: Batch, cache: KVCache | None, tap: Tap) -> Tensor:
         cos, sin = self.rotary(batch)

@@ -101,6 +101,9 @@ class Traceable(Protocol):
     config: ModelConfig
     mesh: Mesh
 
+    @property
+    def differentiable(self) -> bool: ...
+
     def __call__(self, ids: Tensor, *, tap: Tap) -> Tensor: ...
 
 
@@ -404,6 +407,11 @@ def run_with_hooks(
                 shaped = answer
         # With gradients the rest is computed from the very tensor that the hooks saw, not from x,
         # which it is a view of: then `retain_grad` and `requires_grad_` in a hook do what they say.
+        if shaped.requires_grad and not model.differentiable:
+            raise TraceError(
+                f"the hook on {name} asks for gradients, which this arithmetic has none of: load "
+                "the model with arithmetic='native'"
+            )
         unchanged = shaped is seen and not shaped.requires_grad
         return None if unchanged else shaped.reshape(x.shape)
 
