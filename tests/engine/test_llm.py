@@ -241,8 +241,8 @@ def test_the_progress_bar_counts_tokens_as_they_come(embedded_model, monkeypatch
     llm = LLM(embedded_model, num_blocks=400, max_model_len=256, max_num_seqs=4, seed=0)
     step = llm.core.step
 
-    def counting_step():
-        deltas = step()
+    def counting_step(*args):
+        deltas = step(*args)
         counted.append(sum(len(delta.token_ids) for delta in deltas))
         return deltas
 
