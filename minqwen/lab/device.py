@@ -39,10 +39,11 @@ class Outcome:
 
     family: str
     name: str
-    numbers: int  # that were compared
+    numbers: int = 0  # that were compared
     seconds: float = 0.0
     against: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
+    note: str = ""  # what else there is to say, for example why nothing was compared
 
     @property
     def holds(self) -> bool:
@@ -88,7 +89,7 @@ def _bits(x: Tensor) -> Tensor:
 
 def _place(shape: tuple[int, ...], at: int, inputs: Tensors) -> str:
     """The inputs that made a result where every result has its own, else its index."""
-    if all(x.shape == shape for x in inputs):
+    if inputs and all(x.shape == shape for x in inputs):
         return "of " + ", ".join(float(x.flatten()[at]).hex() for x in inputs)
     index = torch.unravel_index(torch.tensor(at), shape)
     return f"at {[int(i) for i in index]}"

@@ -30,12 +30,13 @@ BUDGETS = ((27, 26), (28, 25))  # bits of the two sides of a product
 
 
 class Size(NamedTuple):
-    """How much to compute. The default takes some 20 seconds on two cores."""
+    """How much to compute. The default takes some 20 seconds of one core."""
 
     numbers: int = 1 << 16  # of an elementwise check
     rows: int = 256  # of 257 numbers each
     batches: tuple[int, ...] = (1, 2, 8)  # rows of a product
     widths: tuple[int, ...] = (64, 896, 18944, 32768)  # terms of its sums
+    outputs: int = 129  # sums in each row of a product
     contexts: tuple[int, ...] = (1, 33, 5000)  # keys
     tokens: int = 40
     official: bool = False  # also one layer of the 7B shape, two of the 0.5B shape
@@ -50,7 +51,8 @@ class Size(NamedTuple):
         return Size(**{**values, **lists})
 
 
-LARGE = Size(1 << 22, 4096, (1, 2, 8, 65, 600), tokens=130, official=True)  # for a GPU
+QUICK = Size(1 << 12, 16, (1, 3), (64, 896), 129, (1, 33), tokens=12)
+LARGE = Size(1 << 22, 4096, (1, 2, 8, 65, 600), outputs=513, tokens=130, official=True)
 
 
 class Check(NamedTuple):
@@ -237,7 +239,8 @@ def sums(size: Size) -> list[Check]:
     """Sums of integers that come to 2^53 less a few: every order must give every bit."""
     found = [sum_check(n) for n in size.widths]
     for n in size.widths:
-        found += [product_check(rows, n, *bits) for rows in size.batches for bits in BUDGETS]
+        for shape in ((rows, n, size.outputs) for rows in size.batches):
+            found += [product_check(shape, *bits) for bits in BUDGETS]
     return found + [head_products(*bits) for bits in BUDGETS]
 
 
@@ -252,19 +255,20 @@ def sum_check(n: int) -> Check:
     )
 
 
-def product_check(rows: int, n: int, x_bits: int, w_bits: int) -> Check:
-    """x W^T as a linear layer computes it, [rows, n] and [513, n]: sums near 2^53, then spikes."""
+def product_check(shape: tuple[int, int, int], x_bits: int, w_bits: int) -> Check:
+    """x W^T as a linear layer computes it: sums near 2^53, then spikes. shape: rows, n, outputs."""
+    rows, n, outputs = shape
 
     def inputs(r: Numbers) -> Tensors:
         signs = r.integers(0, 2, rows, n).double().mul_(2).sub_(1)
         return (
             full_budget(r, rows, n, x_bits),
-            full_budget(r, 513, n, w_bits),
+            full_budget(r, outputs, n, w_bits),
             spiked(r, rows, n, x_bits) * signs,
-            spiked(r, 513, n, w_bits),
+            spiked(r, outputs, n, w_bits),
         )
 
-    small = rows * n < 1 << 19
+    small = math.prod(shape) < 1 << 26
     name = f"product [{rows}, {n:,}] of {x_bits} + {w_bits} bits"
     return Check("sums", name, two_products, inputs, integer_products if small else None)
 

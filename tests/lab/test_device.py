@@ -10,17 +10,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minqwen.lab.device import compute, difference, examine, examine_cpu, inputs_of
-from minqwen.lab.device_checks import Check, Size, checks
+from minqwen.lab.device_checks import QUICK, Check, checks
 from minqwen.lab.device_numbers import Numbers, full_budget
 from minqwen.model import Exact, exact
 from minqwen.model.rope import rotate_half
 
-TINY = Size(numbers=1 << 12, rows=16, batches=(1, 3), widths=(64, 896), contexts=(1, 33), tokens=12)
-CHECKS = {f"{check.family}: {check.name}": check for check in checks(TINY)}
+CHECKS = {f"{check.family}: {check.name}": check for check in checks(QUICK)}
 
 
 def test_this_cpu_passes_every_check():
-    outcomes = list(examine_cpu(TINY))
+    outcomes = list(examine_cpu(QUICK))
     assert [o for o in outcomes if not o.holds] == []
     assert len(outcomes) == len(CHECKS) > 70
     assert all("scalar code" in o.against for o in outcomes)
@@ -115,13 +114,13 @@ def test_a_planted_fault_is_found(name, fault):
 def checks_with(fault, name):
     """The check as a faulty process makes it; its function may be taken when it is made."""
     with fault if hasattr(fault, "attribute") else contextlib.nullcontext():
-        found = {f"{check.family}: {check.name}": check for check in checks(TINY)}
+        found = {f"{check.family}: {check.name}": check for check in checks(QUICK)}
     return found[name]
 
 
 def test_a_fault_of_this_process_is_a_difference_from_scalar_code():
     with mock.patch.object(Exact, "rotate", contracted):
-        failed = {f"{o.family}: {o.name}" for o in examine_cpu(TINY) if not o.holds}
+        failed = {f"{o.family}: {o.name}" for o in examine_cpu(QUICK) if not o.holds}
     assert "float32: rotate" in failed and "models: 28 heads padded to 32" in failed
     assert "functions: exp" not in failed and "attention: float32, 7 of 33 tokens" not in failed
 

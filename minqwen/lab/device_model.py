@@ -1,0 +1,140 @@
+"""What one checkpoint's model computes here, as outcomes like those of device.py.
+
+Its exact fingerprints, exact logits in whatever company and order, native logits beside those of
+transformers. Each function yields its outcomes one after the other.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minqwen.checks import dtype_name
+from minqwen.lab.device import Outcome, difference
+from minqwen.lab.device_checks import STORAGE, in_pieces
+from minqwen.lab.golden import fingerprint, prompts
+from minqwen.model import Batch, Qwen2
+
+RANKS = 2  # processes of `on_ranks`
+BLOCK_SIZE = 16
+
+
+def fingerprints(
+    path: str | Path, device: str, frozen: Mapping[str, str]
+) -> Iterator[tuple[str, Outcome]]:
+    """(digest, outcome) for each storage dtype: on the CPU, on the device, and as it was frozen."""
+    for dtype in STORAGE:
+        began, name = time.perf_counter(), dtype_name("dtype", dtype)
+        here = fingerprint(path, dtype, device="cpu")
+        outcome = Outcome("fingerprint", name)
+        if name in frozen:
+            note_digest(outcome, "the frozen one", frozen[name], here)
+        if device != "cpu":
+            note_digest(outcome, device, fingerprint(path, dtype, device=device), here)
+        outcome.seconds = time.perf_counter() - began
+        yield here, outcome
+
+
+def note_digest(outcome: Outcome, what: str, other: str, here: str) -> None:
+    """Note whether a digest from elsewhere is that of the CPU."""
+    outcome.against.append(what)
+    if other != here:
+        outcome.differences.append(f"{what}: {other or 'none'}, not {here}")
+
+
+@torch.inference_mode()
+def in_any_company(path: str | Path, device: str) -> Iterator[Outcome]:
+    """Exact logits of a prompt alone, among others, and in pieces over blocks: all the same.
+
+    Native float32 is the control. It should differ; where it does not, the check shows little.
+    """
+    for arithmetic in ("exact", "native"):
+        began = time.perf_counter()
+        model = Qwen2.from_pretrained(path, dtype="float32", device=device, arithmetic=arithmetic)
+        ids = [each[0].to(device) for each in prompts(model.config.vocab_size)]
+        alone = [model(each[None])[0].cpu() for each in ids]
+        found = {
+            "together": together(model, ids),
+            "in pieces": [in_pieces(model, each).cpu() for each in ids],
+        }
+        outcome = Outcome("model", f"{arithmetic} float32, alone, among others, in pieces")
+        outcome.numbers = sum(x.numel() for x in alone)
+        for what, logits in found.items():
+            wrong = difference(alone, logits, ())
+            outcome.against.append(what)
+            if wrong:
+                outcome.differences.append(f"{what}: {wrong}")
+        outcome.seconds = time.perf_counter() - began
+        if arithmetic == "native":
+            outcome = control(outcome)
+        yield outcome
+
+
+def control(outcome: Outcome) -> Outcome:
+    """The same as a note: what is expected to differ proves nothing wrong when it does."""
+    outcome.note = "; ".join(outcome.differences) or "no difference, though one was expected"
+    outcome.name, outcome.against, outcome.differences = f"control: {outcome.name}", [], []
+    return outcome
+
+
+def together(model: Qwen2, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Logits of sequences of ids [T] that share one step, over blocks dealt out in turn."""
+    lengths = [len(ids) for ids in sequences]
+    most = -(-max(lengths) // BLOCK_SIZE)
+    blocks = [[j * len(lengths) + i for j in range(most)] for i in range(len(lengths))]
+    cache = model.new_cache(most * len(lengths), BLOCK_SIZE)
+    batch = Batch.paged(lengths, lengths, blocks, BLOCK_SIZE, device=model.device)
+    logits: Tensor = model(torch.cat(list(sequences)), batch, cache)
+    return list(logits.cpu().split(lengths))
+
+
+@torch.inference_mode()
+def beside_transformers(path: str | Path, device: str) -> Iterator[Outcome]:
+    """Native logits in float32 and bfloat16 against transformers' eager attention."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+    except ImportError:
+        yield Outcome("model", "native beside transformers", note="transformers is not installed")
+        return
+    messages: Any = transformers_logging
+    messages.disable_progress_bar()
+    for dtype in (torch.float32, torch.bfloat16):
+        began = time.perf_counter()
+        theirs: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="eager"
+        )
+        theirs = theirs.to(device)
+        ours = Qwen2.from_pretrained(path, dtype=dtype, device=device)
+        ids = [each.to(device) for each in prompts(ours.config.vocab_size)]
+        logits = [ours(each).cpu() for each in ids]
+        outcome = Outcome("model", f"native {dtype_name('dtype', dtype)} beside transformers")
+        outcome.numbers = sum(x.numel() for x in logits)
+        outcome.against.append(f"transformers on {device}")
+        wrong = difference([theirs(each).logits.cpu() for each in ids], logits, ())
+        if wrong:
+            outcome.differences.append(f"transformers on {device}: {wrong}")
+        outcome.seconds = time.perf_counter() - began
+        yield outcome
+
+
+def on_ranks(path: str | Path, golden: Path) -> Iterator[Outcome]:
+    """The float32 fingerprint of RANKS processes on the CPU. golden: tools/golden.py."""
+    began = time.perf_counter()
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    what = [str(golden), "fingerprint", str(path), "--dtype", "float32", "--device", "cpu"]
+    done = subprocess.run([*start, str(RANKS), *what], capture_output=True, text=True)
+    outcome = Outcome("model", f"exact float32 on {RANKS} ranks")
+    last = (done.stdout.split() or [""])[-1]
+    note_digest(outcome, f"{RANKS} ranks", last, fingerprint(path, "float32", device="cpu"))
+    if done.returncode:
+        outcome.note = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    outcome.seconds = time.perf_counter() - began
+    yield outcome

@@ -1,0 +1,50 @@
+"""Fingerprints and company of one model: what is alike holds, what is not is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.checkpoints import write
+from support.paths import ROOT
+
+from minqwen.lab.device_model import fingerprints, in_any_company, on_ranks
+from minqwen.lab.golden import fingerprint
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    write(path)
+    return path
+
+
+def test_a_fingerprint_is_compared_with_the_frozen_one(model_dir):
+    right = fingerprint(model_dir, "float32")
+    frozen = {"float32": right, "bfloat16": "0" * 64}
+    (a, single), (b, half), (c, other) = fingerprints(model_dir, "cpu", frozen)
+    assert a == right and single.holds and single.against == ["the frozen one"]
+    assert half.differences == [f"the frozen one: {'0' * 64}, not {b}"]
+    assert other.against == [] and other.name == "float16" and len({a, b, c}) == 3
+
+
+def test_exact_logits_are_the_same_in_any_company_and_native_is_the_control(model_dir):
+    exact, native = in_any_company(model_dir, "cpu")
+    assert exact.against == ["together", "in pieces"] and exact.holds
+    assert native.name.startswith("control") and native.holds and native.against == []
+    assert native.note
+
+
+def test_two_ranks_give_the_fingerprint_of_one(model_dir):
+    (outcome,) = on_ranks(model_dir, ROOT / "tools" / "golden.py")
+    assert outcome.holds and outcome.against == ["2 ranks"], outcome
+
+
+def test_ranks_that_cannot_run_are_a_difference(model_dir, tmp_path):
+    (outcome,) = on_ranks(model_dir, tmp_path / "nothing.py")
+    assert outcome.differences[0].startswith("2 ranks: none, not ") and outcome.note
+
+
+def test_the_control_says_so_where_nothing_differs(model_dir, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.zeros_like(x))
+    _, native = in_any_company(model_dir, "cpu")
+    assert native.note == "no difference, though one was expected"
