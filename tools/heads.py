@@ -235,13 +235,18 @@ def shrink_flags(parser: argparse.ArgumentParser) -> None:
 
 def shrink(args: argparse.Namespace) -> int:
     if ModelConfig.from_json(args.src).quantization_config is None:
-        convert.shrink(
+        other = convert.shrink(
             args.src,
             args.dst,
             tolerance=args.tolerance,
             progress=True,
             overwrite=args.overwrite,
         )
+        if other:
+            note = f"note: {len(other)} tensors are not the source's, the first is {other[0]}"
+            print(note, file=sys.stderr)
+    elif args.tolerance:
+        raise HeadsError("--tolerance: packed words cannot drift, expected 0 for this checkpoint")
     else:
         packed.shrink_packed(args.src, args.dst, progress=True, overwrite=args.overwrite)
     print(f"wrote {args.dst}")

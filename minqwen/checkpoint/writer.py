@@ -68,19 +68,27 @@ def write_checkpoint(
     omit: Collection[str] = (),
     resume: str | None = None,
     overwrite: bool = False,
+    check: Callable[[Checkpoint], None] = lambda written: None,
 ) -> None:
     """Write an unquantised checkpoint: `write_directory` with the tensors that `config` describes.
 
     tensors: (name, tensor) pairs in any order, each of config.parameter_shapes() once and nothing
     else, in config.dtype, or in dtypes[name] where that is given (a checkpoint of mixed precision).
+    check: more to ask of the written checkpoint than names and shapes, before it is put in place.
     The rest is as in `write_directory`, which says what raises.
     """
+
+    def check_written(directory: Path) -> None:
+        written = Checkpoint(directory)
+        written.check()
+        check(written)
+
     write_directory(
         dst,
         config.to_dict(),
         _specs(config, dtypes or {}),
         tensors,
-        check=lambda directory: Checkpoint(directory).check(),
+        check=check_written,
         max_file_bytes=max_file_bytes,
         sources=sources,
         extra_files=extra_files,

@@ -14,10 +14,17 @@ from tqdm import tqdm
 
 from minqwen.checkpoint import Checkpoint, write_checkpoint
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
+from minqwen.checks import number
 from minqwen.config import ModelConfig
 from minqwen.errors import HeadsError
 from minqwen.heads.layout import Layout, extended_config
-from minqwen.heads.manifest import MANIFEST, Manifest, refuse_extended, require_manifest
+from minqwen.heads.manifest import (
+    MANIFEST,
+    Manifest,
+    check_written,
+    refuse_extended,
+    require_manifest,
+)
 from minqwen.heads.tensors import extend_tensor, sha256, shrink_tensor
 
 
@@ -108,14 +115,17 @@ def shrink(
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: bool = False,
     overwrite: bool = False,
-) -> None:
+) -> list[str]:
     """Undo `extend`: write the source's checkpoint again, byte for byte.
 
     Refuses, naming the tensor and the residual of each slot, if the weights are no longer what
-    `extend` would write (they were trained on, say). `tolerance` is the largest residual that is
-    accepted; where it is 0, every tensor must also have the SHA-256 that was recorded. Raises
-    HeadsError or CheckpointError; dst is then as it was.
+    `extend` would write (they were trained on, say). Every tensor must also have the SHA-256 that
+    was recorded, in memory and, before dst appears, in the files. `tolerance` is the largest
+    residual that is accepted. Where it is above 0, tensors may differ from the source's, and their
+    names are returned; the files must then hold what was computed. Raises HeadsError or
+    CheckpointError; dst is then as it was.
     """
+    number("tolerance", tolerance, 0.0, open_low=False, error=HeadsError)
     manifest = require_manifest(src)
     target = Checkpoint(src)
     target.check()
@@ -124,17 +134,20 @@ def shrink(
     names = list(config.parameter_shapes())
     # extend takes no digest of o_proj.bias, which only the llama layout has and which is zero.
     manifest.check_names({name for name in names if not name.endswith("o_proj.bias")}, src)
+    digests: dict[str, str] = {}
     with _bar("shrinking", len(names), progress) as bar:
         write_checkpoint(
             dst,
             config,
-            _shrunk(target, names, manifest, tolerance, bar),
+            _shrunk(target, names, manifest, tolerance, digests, bar),
             max_file_bytes=max_file_bytes,
             sources=src,
             dtypes={name: target.dtype(name) for name in names},
             omit={MANIFEST},
             overwrite=overwrite,
+            check=lambda written: check_written(written, digests),
         )
+    return [name for name in names if not manifest.is_source_tensor(name, digests[name])]
 
 
 def _shrunk(
@@ -142,8 +155,10 @@ def _shrunk(
     names: list[str],
     manifest: Manifest,
     tolerance: float,
+    digests: dict[str, str],
     bar: tqdm[NoReturn],
 ) -> Iterator[tuple[str, Tensor]]:
+    """The source's tensors; their digests are taken on the way."""
     for name in names:
         tensor, residuals = shrink_tensor(name, target.read(name), manifest.layout)
         # "not <=", because a NaN is drift too.
@@ -154,8 +169,9 @@ def _shrunk(
                 f"{target.path}: {name} has drifted from its layout in {len(drift)} slots (largest "
                 f"difference per slot: {slots}): it is no longer an extension of its source"
             )
+        digests[name] = sha256(tensor)
         if not tolerance:
-            manifest.check_source_tensor(name, tensor, target.path)
+            manifest.check_source_tensor(name, digests[name], target.path)
         yield name, tensor
         bar.update()
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from minqwen.checkpoint.reader import WeightDirectory
 from minqwen.checkpoint.writer import HEADS_MANIFEST
 from minqwen.checks import mapping, one_of
 from minqwen.config import ModelConfig
@@ -25,6 +24,19 @@ MANIFEST = HEADS_MANIFEST
 FORMAT = 2  # 1 had no digest of its own
 DIGEST = "sha256"  # of everything else in the manifest
 KEYS = {"format", "layout", "arch", "source_config", "source_sha256"}
+
+
+# What an extension leaves as it is. A manifest that says otherwise is another checkpoint's.
+SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "quantization_config",
+)
 
 
 @dataclass(frozen=True)
@@ -57,14 +69,14 @@ class Manifest:
             "num_key_value_heads": len(to.kv),
             "head_dim": to.head_dim,
             "intermediate_size": len(to.intermediate) or source.intermediate_size,
+            "model_type": self.arch,
         }
-        same = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
-        expected |= {name: getattr(source, name) for name in same}
+        expected |= {name: getattr(source, name) for name in SAME}
         for name, value in expected.items():
             if getattr(config, name) != value:
                 raise HeadsError(
-                    f"{where}: {name} is {getattr(config, name)} in config.json, "
-                    f"expected {value} by {MANIFEST}: the two are not of one checkpoint"
+                    f"{where}: {name} is {quoted(getattr(config, name))} in config.json, "
+                    f"expected {quoted(value)} by {MANIFEST}: the two are not of one checkpoint"
                 )
         sizes = (source.num_attention_heads, source.num_key_value_heads, source.head_dim)
         if sizes != (to.source_heads, to.source_kv_heads, to.head_dim) or (
@@ -81,9 +93,16 @@ class Manifest:
                 f"describes: {quoted(wrong[0])}{and_more(wrong)}"
             )
 
-    def check_source_tensor(self, name: str, tensor: Tensor, where: str | Path) -> None:
+    def is_source_tensor(self, name: str, digest: str) -> bool:
+        """Whether a tensor with this digest is the one that `extend` read.
+
+        No digest is taken of o_proj.bias, which is zero wherever it is.
+        """
+        return digest == self.source_sha256.get(name, digest)
+
+    def check_source_tensor(self, name: str, digest: str, where: str | Path) -> None:
         """Raise HeadsError unless a tensor of the source has the bytes that `extend` read."""
-        if name in self.source_sha256 and sha256(tensor) != self.source_sha256[name]:
+        if not self.is_source_tensor(name, digest):
             raise HeadsError(
                 f"{where}: {name} has changed since it was extended: its SHA-256 is not the "
                 "source's"
@@ -151,6 +170,16 @@ def require_manifest(path: str | Path) -> Manifest:
             f"{path}: has no {MANIFEST}, so what was added cannot be told from the rest"
         )
     return manifest
+
+
+def check_written(written: WeightDirectory, digests: Mapping[str, str]) -> None:
+    """Raise HeadsError unless the files hold what was written to them."""
+    for name, digest in digests.items():
+        if sha256(written.read(name)) != digest:
+            raise HeadsError(
+                f"{written.file(name)}: {name} is not what was written, expected its SHA-256 to be "
+                f"{digest}: the disk may be failing; write to another"
+            )
 
 
 def refuse_extended(path: str | Path) -> None:

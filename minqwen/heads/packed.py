@@ -23,7 +23,13 @@ from minqwen.checkpoint.writer import write_directory
 from minqwen.config import ModelConfig
 from minqwen.errors import HeadsError
 from minqwen.heads.layout import Layout, extended_config
-from minqwen.heads.manifest import MANIFEST, Manifest, refuse_extended, require_manifest
+from minqwen.heads.manifest import (
+    MANIFEST,
+    Manifest,
+    check_written,
+    refuse_extended,
+    require_manifest,
+)
 from minqwen.heads.tensors import Blocks, extend_tensor, place, sha256, shrink_tensor, suffix
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -308,8 +314,9 @@ def shrink_packed(
 ) -> None:
     """Undo `extend_packed`: the source's tensors, byte for byte.
 
-    Raises HeadsError, naming what has changed since it was extended, or CheckpointError; dst is as
-    it was.
+    Every tensor must have the SHA-256 that was recorded, in memory and, before dst appears, in the
+    files. Raises HeadsError, naming what has changed since it was extended, or CheckpointError; dst
+    is as it was.
     """
     manifest = require_manifest(src)
     target = PackedCheckpoint(src)
@@ -328,17 +335,33 @@ def shrink_packed(
             f"{src}: tensor {unlisted[0]} is not in {MANIFEST}, expected every tensor of the "
             "source; extend the source again"
         )
+    _check_dropped(target, names)
+
+    def check(directory: Path) -> None:
+        _check_packed(directory)
+        check_written(PackedCheckpoint(directory), manifest.source_sha256)
+
     write_directory(
         dst,
         manifest.source_config,
         _specs(target, names, manifest.config(src)),
         _shrunk(target, manifest, progress),
-        check=_check_packed,
+        check=check,
         max_file_bytes=max_file_bytes,
         sources=target.path,
         omit={MANIFEST},
         overwrite=overwrite,
     )
+
+
+def _check_dropped(target: PackedCheckpoint, names: Sequence[str]) -> None:
+    """What extending has added must still be what it was: biases of zero."""
+    for name in target.tensors:
+        if name not in names and target.read(name).any():
+            raise HeadsError(
+                f"{target.file(name)}: {name} is not zero, as it was when it was added: it is no "
+                "longer an extension of its source"
+            )
 
 
 def _extended(
@@ -364,7 +387,7 @@ def _shrunk(
     """The source's tensors, each with the digest that it had."""
     for name in _shown(list(manifest.source_sha256), progress):
         tensor = shrink_part(name, target.read(name), manifest.layout, target.packing)
-        manifest.check_source_tensor(name, tensor, target.path)
+        manifest.check_source_tensor(name, sha256(tensor), target.path)
         yield name, tensor
 
 

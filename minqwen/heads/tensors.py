@@ -165,5 +165,5 @@ def _fill_with_noise(name: str, source: Tensor, placed: Tensor, to: Layout) -> N
 
 
 def sha256(tensor: Tensor) -> str:
-    """Of a tensor's bytes, little-endian, row by row."""
+    """Of a tensor's bytes, little-endian, row by row, as 64 hexadecimal digits."""
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()

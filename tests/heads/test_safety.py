@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.heads import random_model
 from support.quantised import checkpoint, read, tiny
 from support.tool import run_tool_here
@@ -16,6 +17,8 @@ from support.tool import run_tool_here
 from minqwen import Checkpoint, ModelConfig
 from minqwen.checkpoint import write_checkpoint
 from minqwen.errors import HeadsError, MinqwenError
+from minqwen.heads import convert
+from minqwen.heads import packed as packed_words
 from minqwen.heads.adapter import ADAPTER_CONFIG, extend_adapter
 from minqwen.heads.convert import extend, shrink
 from minqwen.heads.layout import layout
@@ -136,7 +139,7 @@ def mutated(content: dict, rng: random.Random) -> dict:
 
 @pytest.mark.parametrize("signed", [True, False], ids=["with the old digest", "without one"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_500_odd_manifests_give_the_source_or_one_line(tmp_path, monkeypatch, packed, signed):
+def test_150_odd_manifests_give_the_source_or_one_line(tmp_path, monkeypatch, packed, signed):
     src, wide, back = (tmp_path / name for name in "abc")
     if packed:
         checkpoint(src, tiny())
@@ -151,7 +154,7 @@ def test_500_odd_manifests_give_the_source_or_one_line(tmp_path, monkeypatch, pa
     content = json.loads((wide / MANIFEST).read_text())
     rng = random.Random(packed)
     refusals = 0
-    for _ in range(500):
+    for _ in range(150):
         changed = mutated(content, rng)
         if not signed:  # what is behind the digest must hold too
             changed = resigned(changed)
@@ -168,7 +171,7 @@ def test_500_odd_manifests_give_the_source_or_one_line(tmp_path, monkeypatch, pa
         if signed:
             assert ModelConfig.from_json(back) == config
         shutil.rmtree(back)
-    assert refusals > 250
+    assert refusals > 75
 
 
 def resigned(content: dict) -> dict:
@@ -177,3 +180,115 @@ def resigned(content: dict) -> dict:
         content["format"] = 1
     content.pop("sha256", None)
     return content
+
+
+class Saboteur:
+    """In place of tqdm: once the last tensor is written, one byte of its file changes."""
+
+    def __init__(self, names=None, *, total=None, **_):
+        self.names, self.left = names, total
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, count=1):
+        self.left -= count
+        if not self.left:
+            self.damage()
+
+    def __iter__(self):
+        yield from self.names
+        self.damage()
+
+    @staticmethod
+    def damage():
+        [file] = Saboteur.directory.glob(".c.tmp-*/model.safetensors")
+        with open(file, "r+b") as f:
+            f.seek(-1, os.SEEK_END)
+            last = f.read(1)[0]
+            f.seek(-1, os.SEEK_END)
+            f.write(bytes([last ^ 1]))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.5, "packed"])
+def test_what_is_on_the_disk_is_compared_before_it_is_put_in_place(
+    tmp_path, monkeypatch, tolerance
+):
+    if tolerance == "packed":
+        checkpoint(tmp_path / "a", tiny())
+        extend_packed(tmp_path / "a", tmp_path / "b", layout(tiny(), 4))
+    else:
+        plain_source(tmp_path / "a")
+        extend(tmp_path / "a", tmp_path / "b", TO)
+    monkeypatch.setattr(Saboteur, "directory", tmp_path, raising=False)
+    for room in (convert, packed_words):
+        monkeypatch.setattr(room, "tqdm", Saboteur)
+    options = {} if tolerance == "packed" else {"tolerance": tolerance}
+    undo = shrink_packed if tolerance == "packed" else shrink
+    refused(lambda: undo(tmp_path / "b", tmp_path / "c", **options), "is not what was written")
+    assert not (tmp_path / "c").exists()
+
+
+def test_with_a_tolerance_the_tensors_that_are_not_the_sources_are_named(tmp_path):
+    plain_source(tmp_path / "a")
+    extend(tmp_path / "a", tmp_path / "b", TO)
+    assert shrink(tmp_path / "b", tmp_path / "c") == []
+    weights = read(tmp_path / "b")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    config = ModelConfig.from_json(tmp_path / "b")
+    manifest = (tmp_path / "b" / MANIFEST).read_text()
+    write_checkpoint(
+        tmp_path / "trained", config, weights.items(), extra_files={MANIFEST: manifest}
+    )
+    refused(lambda: shrink(tmp_path / "trained", tmp_path / "d"), "model.norm.weight has changed")
+    found = shrink(tmp_path / "trained", tmp_path / "d", tolerance=0.1)
+    assert found == ["model.norm.weight"]
+    done = run_tool_here("heads.py", "shrink", tmp_path / "trained", tmp_path / "e")
+    assert done.code == 2
+    done = run_tool_here(
+        "heads.py", "shrink", tmp_path / "trained", tmp_path / "e", "--tolerance", 0.1
+    )
+    assert done.code == 0 and "note: 1 tensors are not the source's" in done.err
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf"), "0", None, True])
+def test_a_tolerance_is_a_finite_number(tmp_path, tolerance):
+    refused(lambda: shrink(tmp_path, tmp_path / "c", tolerance=tolerance), "tolerance is")
+
+
+def test_packed_words_take_no_tolerance(tmp_path):
+    checkpoint(tmp_path / "a", tiny())
+    extend_packed(tmp_path / "a", tmp_path / "b", layout(tiny(), 4))
+    flags = ("--tolerance", 0.1)
+    done = run_tool_here("heads.py", "shrink", tmp_path / "b", tmp_path / "c", *flags)
+    assert done.code == 2 and "packed words cannot drift" in done.err
+
+
+def test_a_bias_that_extending_added_to_packed_words_must_still_be_zero(tmp_path):
+    checkpoint(tmp_path / "a", tiny())
+    extend_packed(tmp_path / "a", tmp_path / "b", layout(tiny(), 4), arch="llama")
+    shrink_packed(tmp_path / "b", tmp_path / "c")
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.bias"] += 1
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    refused(lambda: shrink_packed(tmp_path / "b", tmp_path / "d"), "o_proj.bias is not zero")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("rms_norm_eps", 1e-5), ("rope_theta", 5e5), ("model_type", "llama"), ("vocab_size", 96)],
+)
+def test_an_unsigned_manifest_must_agree_with_the_config(tmp_path, key, value):
+    """Format 1 has no digest of its own."""
+    plain_source(tmp_path / "a")
+    extend(tmp_path / "a", tmp_path / "b", TO)
+    content = resigned(json.loads((tmp_path / "b" / MANIFEST).read_text()))
+    if key == "model_type":
+        content["arch"] = value
+    else:
+        content["source_config"][key] = value
+    (tmp_path / "b" / MANIFEST).write_text(json.dumps(content))
+    refused(lambda: shrink(tmp_path / "b", tmp_path / "c"), key, "not of one checkpoint")
