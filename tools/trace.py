@@ -3,18 +3,29 @@
 
 python tools/trace.py points                  every point: name, shape, dtype, other name
 python tools/trace.py show "In the beginning" --names "*.attn.z" "final_norm"
+python tools/trace.py show "What is 47 + 38?" --chat
 python tools/trace.py save "In the beginning" OUT.safetensors --names "*.resid_post"
+python tools/trace.py save OUT.safetensors --ids 5,300,17 --names "*"
+
+A saved file says in its metadata what it is of: ids, text, dtype, arithmetic, model, and the
+SHA-256 of config.json and of each weight file.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minqwen import Checkpoint, Mesh, ModelConfig, Qwen2, Tokenizer
+from minqwen.checks import dtype_name
 from minqwen.cli import Parser, check_writable, is_first_rank, model_flags, model_options, run
 from minqwen.errors import MinqwenError
 from minqwen.model.trace import POINTS, Point, select
@@ -35,29 +46,55 @@ def print_points(args: argparse.Namespace) -> None:
 def row_of(point: Point, dtype: str) -> tuple[str, ...]:
     name, alias = point.name, point.alias or "-"
     if point.layered:
-        name, alias = f"layers.N.{point.name}", f"blocks.N.{point.alias}"
+        name = f"layers.N.{point.name}"
+        alias = f"blocks.N.{point.alias}" if point.alias else "-"
     return name, f"[{point.shape}]", dtype, point.axis or "-", alias, point.what
 
 
-def compute(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The text's intermediates, on every rank: {name: tensor}."""
+@dataclass
+class Traced:
+    """What passed the points, {name: tensor}, and of what."""
+
+    seen: Mapping[str, Tensor]
+    ids: list[int]
+    text: str | None
+    dtype: str
+
+
+def compute(args: argparse.Namespace) -> Traced:
+    """The input's intermediates, on every rank."""
     mesh = Mesh.from_env(args.device)
-    tokenizer = Tokenizer.from_dir(args.model)
-    ids = tokenizer.encode(args.text)
-    if not ids:
-        raise MinqwenError("the text has no tokens: give at least one")
-    select(args.names, ModelConfig.from_json(args.model).num_hidden_layers)  # or raise TraceError
+    config = ModelConfig.from_json(args.model)
+    ids, text = read_input(args, config)
+    select(args.names, config.num_hidden_layers)  # or raise TraceError
     model = Qwen2.from_pretrained(args.model, mesh=mesh, **model_options(args))
     with torch.inference_mode():
         prompt = torch.tensor([ids], device=model.device)
         _, seen = model.run_with_cache(prompt, args.names, to="cpu")
-    return {name: x[0] for name, x in seen.items()}
+    first = {name: x[0] for name, x in seen.items()}
+    return Traced(first, ids, text, dtype_name("the model's dtype", model.dtype))
+
+
+def read_input(args: argparse.Namespace, config: ModelConfig) -> tuple[list[int], str | None]:
+    """The ids to look at, and their text if it was given."""
+    if args.ids is not None:
+        wrong = [id for id in args.ids if not 0 <= id < config.vocab_size]
+        if wrong:
+            raise MinqwenError(f"--ids has {wrong[0]}, expected 0 to {config.vocab_size - 1}")
+        return args.ids, None
+    tokenizer, text = Tokenizer.from_dir(args.model), args.text
+    if args.chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    ids = tokenizer.encode(text, add_special_tokens=not args.chat)
+    if not ids:
+        raise MinqwenError("the text has no tokens: give at least one")
+    return ids, text
 
 
 def show(args: argparse.Namespace) -> None:
-    seen = compute(args)
+    traced = compute(args)
     rows: list[tuple[str, ...]] = [("name", "shape", "mean", "std", "max |x|")]
-    for name, x in seen.items():
+    for name, x in traced.seen.items():
         finite = x.double()[x.isfinite()]
         numbers = (finite.mean(), finite.std(), finite.abs().max())
         rows.append((name, str(list(x.shape)), *(f"{number:.5f}" for number in numbers)))
@@ -67,9 +104,41 @@ def show(args: argparse.Namespace) -> None:
 
 def save(args: argparse.Namespace) -> None:
     check_writable(args.out, "OUT.safetensors")
-    seen = compute(args)
+    traced = compute(args)
     if is_first_rank():
-        save_file({name: x.contiguous() for name, x in seen.items()}, args.out)
+        save_file(dict(traced.seen), args.out, metadata=metadata(traced, args))
+
+
+def metadata(traced: Traced, args: argparse.Namespace) -> dict[str, str]:
+    """What a saved file says of itself; lists and objects are JSON."""
+    given = {} if traced.text is None else {"text": traced.text}
+    return given | {
+        "format": "pt",
+        "ids": json.dumps(traced.ids),
+        "dtype": traced.dtype,
+        "arithmetic": args.arithmetic,
+        "model": str(args.model),
+        "sha256": json.dumps(file_digests(Path(args.model))),
+    }
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """{file name: SHA-256} of what makes the model: the digests that Hugging Face shows too."""
+    weight_files = {stored.file for stored in Checkpoint(directory).tensors.values()}
+    return {name: file_digest(directory / name) for name in ["config.json", *sorted(weight_files)]}
+
+
+def file_digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def integers(text: str) -> list[int]:
+    """The ids of "1,2,3"."""
+    return [int(part) for part in text.split(",")]
 
 
 def parse() -> argparse.Namespace:
@@ -80,7 +149,7 @@ def parse() -> argparse.Namespace:
         ("save", "write intermediates to a safetensors file"),
     ):
         command = parser.add_command(name, help=what)
-        command.add_argument("text")
+        command.add_argument("text", nargs="?")
         if name == "save":
             command.add_argument("out", metavar="OUT.safetensors")
         command.add_argument(
@@ -90,9 +159,25 @@ def parse() -> argparse.Namespace:
             metavar="NAME",
             help="names or patterns, ours or TransformerLens's",
         )
+        command.add_argument("--chat", action="store_true", help="the text is a user's message")
+        command.add_argument(
+            "--ids", type=integers, metavar="ID,ID,...", help="token ids in place of the text"
+        )
         model_flags(command)
     args: argparse.Namespace = parser.parse_args()
+    if args.command != "points":
+        check_input(parser, args)
     return args
+
+
+def check_input(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit unless there is one text, or ids in its place."""
+    if args.ids is None and args.text is None:
+        parser.error("nothing to look at: give a text, or token ids as in --ids 5,300,17")
+    if args.ids is not None and args.text is not None:
+        parser.error("--ids and a text: give one of them")
+    if args.ids is not None and args.chat:
+        parser.error("--chat makes a prompt of a text: --ids is one already")
 
 
 def main() -> int:

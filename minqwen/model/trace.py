@@ -369,11 +369,13 @@ def run_with_cache(
 ) -> tuple[Tensor, Seen[Tensor]]:
     """model(ids) and what passed the points: (logits [B, T, V], {canonical name: tensor}).
 
-    Tensors are [B, T, ...], scores and pattern [B, H, T, T]. to: the device to keep them on.
-    per_query_head: keys and values as [B, T, H, d] views, each KV head once for every query head
-    that reads it. Raises TraceError for a name that matches nothing.
+    Tensors are [B, T, ...], scores and pattern [B, H, T, T]; each is contiguous and has memory of
+    its own, as safetensors' `save_file` wants it. to: the device to keep them on. per_query_head:
+    keys and values as [B, T, H, d], each KV head once for every query head that reads it.
+    Raises TraceError for a name that matches nothing.
     """
     seen: Seen[Tensor] = Seen()
+    memory: set[int] = set()  # where the tensors lie
 
     def keep(name: str, x: Tensor, rows: Rows | None) -> None:
         point = point_of(name)
@@ -381,7 +383,11 @@ def run_with_cache(
         if per_query_head and point.axis == "kv heads":
             G = model.config.group_size
             x = x.unsqueeze(-2).expand(*x.shape[:-1], G, x.shape[-1]).flatten(-3, -2)
-        seen[name] = x.detach() if to is None else x.detach().to(to)
+        x = (x.detach() if to is None else x.detach().to(to)).contiguous()
+        if x.untyped_storage().data_ptr() in memory:
+            x = x.clone()  # one layer's resid_post is the next one's resid_pre
+        memory.add(x.untyped_storage().data_ptr())
+        seen[name] = x
 
     tap = TracingTap(model, select(names, model.config.num_hidden_layers), keep, gather)
     return model(ids, tap=tap), seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minqwen.errors import TraceError
 from minqwen.model.trace import Seen, alias_of, canonical, point_names, select
@@ -111,3 +112,17 @@ def test_normalized_is_before_the_weight(models, arithmetic, dtype):
         plain = model.run_with_hooks(IDS, [(after, lambda x, name: x * 0.5)])
         halved = model.run_with_hooks(IDS, [(name, lambda x, name: x * 0.5)])
         assert torch.equal(halved, plain) and not torch.equal(halved, logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_query_head": True}, {"to": "cpu"}], ids=str)
+def test_a_cache_can_be_saved_as_it_is(embedded_model, tmp_path, options):
+    """A file of tensors holds no two that share memory, and none with gaps."""
+    for ids in (IDS, IDS.repeat(2, 1)):
+        _, seen = embedded_model.run_with_cache(ids, **options)
+        save_file(seen, tmp_path / "seen.safetensors")
+        saved = load_file(tmp_path / "seen.safetensors")
+        assert saved.keys() == seen.keys()
+        assert all(torch.equal(saved[name], x) for name, x in seen.items())
+    before = seen["layers.1.resid_pre"].clone()
+    seen["layers.0.resid_post"].zero_()
+    assert torch.equal(seen["layers.1.resid_pre"], before)

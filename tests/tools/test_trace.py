@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from support.paths import ROOT
+from support.paths import EMBEDDED, ROOT
 from support.tool import run_tool, run_tool_here
 from support.torchrun import torchrun
 
@@ -34,9 +38,9 @@ def test_points_are_listed_without_a_model_being_read(monkeypatch):
     for point, row in zip(POINTS, rows):
         name, alias = point.name, point.alias
         if point.layered:
-            name, alias = f"layers.N.{name}", f"blocks.N.{alias}"
+            name, alias = f"layers.N.{name}", f"blocks.N.{alias}" if alias else None
         assert row.startswith(name + " ") and f"[{point.shape}]" in row and row.endswith(point.what)
-        assert point.alias is None or f" {alias} " in row
+        assert f" {alias or '-'} " in row
 
 
 def test_what_is_saved_is_what_the_model_shows(truth, tmp_path):
@@ -47,6 +51,51 @@ def test_what_is_saved_is_what_the_model_shows(truth, tmp_path):
     assert saved.keys() == truth.keys()
     for name, x in truth.items():
         assert torch.equal(saved[name], x), name
+
+
+def test_all_points_can_be_saved_with_what_they_are_of(
+    embedded_model, embedded_tokenizer, tmp_path
+):
+    out = tmp_path / "seen.safetensors"
+    result = run_tool_here("trace.py", "save", TEXT, out, "--names", "*", "--dtype", "float32")
+    assert result.code == 0 and result.out == "", result.err
+    ids = embedded_tokenizer.encode(TEXT)
+    with torch.no_grad():
+        _, seen = embedded_model.run_with_cache(torch.tensor([ids]))
+    saved = load_file(out)
+    assert saved.keys() == seen.keys() and all(torch.equal(saved[n], x[0]) for n, x in seen.items())
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    weights = (EMBEDDED / "model.safetensors").read_bytes()
+    assert json.loads(metadata["ids"]) == ids and metadata["text"] == TEXT
+    assert metadata["dtype"] == "float32" and metadata["arithmetic"] == "native"
+    assert metadata["model"] == str(EMBEDDED)
+    assert json.loads(metadata["sha256"]) == {
+        "config.json": hashlib.sha256((EMBEDDED / "config.json").read_bytes()).hexdigest(),
+        "model.safetensors": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+def saved_logits(out, *args):
+    result = run_tool_here("trace.py", "save", *args, "--names", "logits", "--dtype", "float32")
+    assert result.code == 0, result.err
+    with safe_open(out, "pt") as file:
+        return file.get_tensor("logits"), file.metadata()
+
+
+def test_ids_and_a_chat_are_input_too(embedded_model, embedded_tokenizer, tmp_path):
+    out = tmp_path / "seen.safetensors"
+    logits, metadata = saved_logits(out, out, "--ids", "5,300,17")
+    with torch.no_grad():
+        assert torch.equal(logits, embedded_model(torch.tensor([[5, 300, 17]]))[0])
+    assert json.loads(metadata["ids"]) == [5, 300, 17] and "text" not in metadata
+    logits, metadata = saved_logits(out, "What is 47 + 38?", out, "--chat")
+    chat = [{"role": "user", "content": "What is 47 + 38?"}]
+    ids = embedded_tokenizer.encode_chat(chat)
+    with torch.no_grad():
+        assert torch.equal(logits, embedded_model(torch.tensor([ids]))[0])
+    assert json.loads(metadata["ids"]) == ids
+    assert metadata["text"] == embedded_tokenizer.apply_chat_template(chat)
 
 
 def test_sizes_are_shown_in_the_order_of_the_model(truth):
@@ -109,6 +158,13 @@ def test_control_a_weight_that_is_read_is_seen(unreadable_weights):
         (["shwo", TEXT], "shwo"),
         (["points", "--model", "/nowhere"], "/nowhere"),
         ([], "command"),
+        (["show"], "--ids 5,300,17"),
+        (["save", "/tmp/x"], "--ids 5,300,17"),
+        (["show", TEXT, "--ids", "1,2"], "give one of them"),
+        (["show", "--ids", "1,2", "--chat"], "--chat"),
+        (["show", "--ids", "1,99999"], "99999"),
+        (["show", "--ids", "one"], "--ids"),
+        (["show", "--ids", ""], "--ids"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
