@@ -68,6 +68,8 @@ def check_directory(path: Path, error: type[MinqwenError]) -> None:
             "; nothing is downloaded here: if this is a Hugging Face name, run "
             f"`hf download {path} --local-dir DIR` and give DIR"
         )
+    else:
+        text += "; correct the name"
     raise _bad(path, text, error)
 
 

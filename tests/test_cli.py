@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.tool import run_tool_here
 
 from minqwen.cli import Parser, check_writable, model_flags, model_options, run, share_text
 from minqwen.errors import MinqwenError
@@ -107,3 +108,30 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path):
 @pytest.mark.parametrize("text", ["", "Ü\ud800 \n", None])
 def test_one_rank_shares_text_with_itself(text):
     assert share_text(Mesh(), text) == text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate.py", "x", "--model", "MODEL"),
+        ("trace.py", "show", "x", "--model", "MODEL"),
+        ("plan.py", "MODEL"),
+        ("heads.py", "plan", "MODEL", "--tp", "8"),
+        ("heads.py", "extend", "MODEL", "OUT", "--num-attention-heads", "32"),
+        ("heads.py", "verify", "MODEL", "MODEL"),
+        ("heads.py", "shrink", "MODEL", "OUT"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "hf download Qwen/Qwen2.5-7B-Instruct --local-dir DIR"),
+        ("/nowhere", "/nowhere: no such directory, expected one with config.json"),
+    ],
+)
+def test_every_tool_says_first_that_there_is_no_such_directory(command, model, says, tmp_path):
+    words = {"MODEL": model, "OUT": str(tmp_path / "out")}
+    done = run_tool_here(*(words.get(word, word) for word in command))
+    assert done.code == 2 and done.out == "" and done.err.count("\n") == 1
+    assert says in done.err

@@ -4,6 +4,7 @@
   python tools/generate.py --prompt "In the beginning" --max-tokens 64
   torchrun --nproc-per-node 4 tools/generate.py --model DIR --chat --prompt "What is 47 + 38?"
 
+A conversation (--chat, without a prompt, on a terminal) knows some commands: type /help.
 Text goes to stdout as it comes; everything else goes to stderr. Sampling starts from the
 checkpoint's generation_config.json; flags win.
 """
@@ -11,13 +12,18 @@ checkpoint's generation_config.json; flags win.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from minqwen import LLM, Checkpoint, SamplingParams
+from minqwen.checks import did_you_mean
 from minqwen.cli import Parser, is_first_rank, model_flags, model_options, run, share_text
 from minqwen.config import GenerationDefaults
 from minqwen.engine.outputs import RequestOutput
@@ -28,6 +34,13 @@ SAMPLING_FLAGS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("stop", "logprobs"),
 )
+
+
+CHAT_COMMANDS = ("/help", "/clear", "/system", "/quit")
+CHAT_HELP = """/clear         forget what was said, but not the system message
+/system TEXT   start again with this system message; without TEXT, with the template's own
+/quit          end the conversation; so does Ctrl-D
+/help          this list"""
 
 
 def parse() -> argparse.Namespace:
@@ -47,6 +60,8 @@ def parse() -> argparse.Namespace:
         "--no-stream", action="store_true", help="print each completion when it is whole"
     )
     args: argparse.Namespace = parser.parse_args()
+    if args.system is not None and not args.chat:
+        parser.error("--system is the system message of --chat: expected --chat too")
     return args
 
 
@@ -98,6 +113,8 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = [*(text for text in args.text if text != "-"), *args.prompt]
+    if "" in prompts:
+        raise MinqwenError("a prompt is empty: expected some text")
     if args.prompt_file:
         prompts += read_prompt_file(Path(args.prompt_file))
     nothing_given = not (prompts or args.prompt_file or sys.stdin.isatty())
@@ -107,9 +124,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """The prompts of a text file or a .jsonl file, one a line; empty lines are skipped."""
+    """The prompts of a text file or a .jsonl file, one a line; empty lines are skipped.
+
+    Only a line feed ends a line, with or without a carriage return before it. U+2028, for example,
+    may stand inside a JSON string. A byte order mark at the start is no text.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # reading makes CR LF an LF
     except (OSError, UnicodeDecodeError) as e:
         raise MinqwenError(f"--prompt-file {path}: cannot be read ({e})") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -192,30 +213,117 @@ def complete_streaming(llm: LLM, prompt: Any, params: SamplingParams, speak: boo
     return output
 
 
-def converse(llm: LLM, params: SamplingParams, system: str | None) -> None:
-    """Read a line, answer it, remember both; an empty line or the end of input ends it."""
-    speak = llm.mesh.rank == 0
-    assert llm.tokenizer is not None
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    while line := share_text(llm.mesh, read_line() if speak else None):
-        messages.append({"role": "user", "content": line})
+class Conversation:
+    """A chat on a terminal. Rank 0 reads what the user types; every rank does the same with it."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+        assert llm.tokenizer is not None
+        self.llm, self.params, self.tokenizer = llm, params, llm.tokenizer
+        self.speak = llm.mesh.rank == 0
+        self.interruptible = llm.mesh.size == 1
+        self.interrupted = False
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        system = self.system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def say(self, text: str) -> None:
+        if self.speak:
+            print(text, file=sys.stderr, flush=True)
+
+    def run(self) -> None:
+        """Read a line, answer it, remember both, until /quit or the end of input."""
+        stop = "Ctrl-C ends an answer; " if self.interruptible else ""
+        self.say(f"{stop}/help lists the commands; /quit, or Ctrl-D, ends the conversation.")
+        while (line := share_text(self.llm.mesh, self.read_line())) is not None:
+            if line.startswith("/"):
+                if not self.command(line):
+                    return
+            elif line.strip():
+                self.answer(line)
+
+    def read_line(self) -> str | None:
+        """What the user types; None at the end of input. Ctrl-C drops the line."""
+        if not self.speak:
+            return None
         try:
-            prompt = llm.tokenizer.encode_chat(messages)
-            output = complete_streaming(llm, prompt, params, speak)
+            return input("> ")
+        except KeyboardInterrupt:
+            print("\n(/quit, or Ctrl-D, ends the conversation)", file=sys.stderr)
+            return ""
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+
+    def command(self, line: str) -> bool:
+        """Do what a line that starts with / says. Returns whether the conversation goes on."""
+        name, _, text = line.partition(" ")
+        if name == "/quit":
+            return False
+        if name == "/help":
+            self.say(CHAT_HELP)
+        elif name == "/clear":
+            self.clear()
+            self.say("(a new conversation)")
+        elif name == "/system":
+            self.system = text.strip() or None
+            self.clear()
+            self.say("(a new conversation)")
+        else:
+            self.say(f"error: unknown command {name!r}{did_you_mean(name, CHAT_COMMANDS)}: /help")
+        return True
+
+    def answer(self, line: str) -> None:
+        """Answer a message and remember both. What Ctrl-C leaves of an answer is remembered too."""
+        question = {"role": "user", "content": line}
+        try:
+            prompt = self.tokenizer.encode_chat([*self.messages, question])
+            text = self.stream(prompt)
         except MinqwenError as error:  # for example, the conversation has outgrown the context
-            if speak:
-                print(f"error: {error}", file=sys.stderr)
+            self.say(f"error: {error}; /clear starts a new conversation")
             return
-        messages.append({"role": "assistant", "content": output.outputs[0].text})
+        self.messages += [question, {"role": "assistant", "content": text}]
 
+    def stream(self, prompt: list[int]) -> str:
+        """Print an answer as it comes, to its end or to Ctrl-C, and return it."""
+        pieces: list[str] = []
+        with self.ctrl_c_ends_the_answer():
+            for delta in self.llm.stream_deltas(prompt, self.params):
+                pieces.append(delta.text)
+                if self.speak:
+                    print(delta.text, end="", flush=True)
+                if self.interrupted:
+                    self.llm.abort(delta.request_id)
+        if self.speak:
+            print(flush=True)
+        if self.interrupted:
+            self.say("(interrupted)")
+        return "".join(pieces)
 
-def read_line() -> str | None:
-    """What the user types; None at the end of input."""
-    try:
-        return input("> ")
-    except EOFError:
-        print(file=sys.stderr)
-        return None
+    @contextlib.contextmanager
+    def ctrl_c_ends_the_answer(self) -> Iterator[None]:
+        """Ctrl-C only sets a flag, so that no step of the engine is cut off; once more, it ends the
+        program.
+
+        Under torchrun this changes nothing: Ctrl-C reaches torchrun too, which ends all ranks.
+        """
+        self.interrupted = False
+        before = signal.getsignal(signal.SIGINT)
+        if self.interruptible:
+            signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
 
 
 def as_chats(llm: LLM, texts: list[str], system: str | None) -> list[list[int]]:
@@ -267,7 +375,7 @@ def main() -> int:
     shared = share_text(llm.mesh, json.dumps(None if conversation else prompts))
     texts = json.loads(shared or "null")
     if texts is None:
-        converse(llm, params, args.system)
+        Conversation(llm, params, args.system).run()
     else:
         complete(llm, texts, params, args)
     return 0

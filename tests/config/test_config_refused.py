@@ -289,10 +289,15 @@ def test_a_fifo_in_place_of_the_file_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_an_absent_file_is_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "odd\nname"):
+    for path, says in (
+        (tmp_path, "cannot be read"),
+        (tmp_path / "nowhere.json", "cannot be read"),
+        (tmp_path / "nowhere", "no such directory"),
+        (tmp_path / "odd\nname", "no such directory"),
+    ):
         with pytest.raises(ConfigError) as error:
             ModelConfig.from_json(path)
-        assert_one_line(error, "cannot be read", tmp_path.name)
+        assert_one_line(error, says, tmp_path.name)
     for d in ([], None, "config.json"):
         with pytest.raises(ConfigError) as error:
             ModelConfig.from_dict(d)

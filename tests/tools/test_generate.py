@@ -109,6 +109,7 @@ def test_control_a_weight_that_is_read_is_seen(unreadable_weights):
         (["x", "--dtype", "int3"], "--dtype"),
         (["x", "--offload", "cloud"], "--offload"),
         (["--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
+        (["x", "--system", "Be brief."], "expected --chat"),
     ],
     ids=" ".join,
 )
@@ -135,11 +136,25 @@ def test_a_line_of_a_prompt_file_that_is_no_prompt(tmp_path, unreadable_weights,
     assert f"{file} line {line}: " in result.err and says in result.err
 
 
-def test_a_prompt_without_tokens_is_one_line():
-    result = run_tool("generate.py", "--prompt", "")
+@pytest.mark.parametrize("args", [["--prompt", ""], [""], ["x", "--prompt", ""]], ids=str)
+def test_an_empty_prompt_is_refused_before_a_weight_is_read(unreadable_weights, args):
+    result = run_tool_here("generate.py", *args)
     assert result.code == 2 and result.out == ""
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1
-    assert "no tokens" in result.err
+    assert result.err == "error: a prompt is empty: expected some text\n"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_only_a_line_feed_ends_a_line_of_a_prompt_file(tmp_path, newline):
+    prompts = ["In\u2028the", "begin\u2029ning", "of\u0085it"]
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps(prompt, ensure_ascii=False) + newline for prompt in prompts]
+    file.write_bytes("".join(lines).encode("utf-8-sig"))
+    result = run_tool("generate.py", "--prompt-file", file, "--json", "--max-tokens", "1")
+    assert [json.loads(line)["prompt"] for line in result.out.split("\n")[:-1]] == prompts
+    text = tmp_path / "prompts.txt"
+    text.write_bytes(newline.join(prompts).encode("utf-8-sig"))
+    result = run_tool("generate.py", "--prompt-file", text, "--json", "--max-tokens", "1")
+    assert [json.loads(line)["prompt"] for line in result.out.split("\n")[:-1]] == prompts
 
 
 # ---- skill --------------------------------------------------------------------------------------

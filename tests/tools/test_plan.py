@@ -79,7 +79,8 @@ def test_plot_and_what_to_do_without_matplotlib(tmp_path, monkeypatch):
     "args, expected",
     [
         (["--size", "7B", "--tp", "8"], "degrees that work: 1, 2, 4"),
-        (["/nowhere"], "/nowhere: cannot be read"),
+        (["/nowhere"], "/nowhere: no such directory"),
+        (["Qwen/Qwen2.5-7B-Instruct"], "hf download Qwen/Qwen2.5-7B-Instruct --local-dir DIR"),
         (["--size", "7B", "--batch", "0"], "batch is 0"),
         (["--size", "7B", "--gpu-memory", "-1"], "--gpu-memory is -1"),
         (["--size", "7B", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization is 1.5"),
