@@ -5,6 +5,8 @@ that name. `Tokenizer` adds what a checkpoint's other files say. Common to both:
 
 source           the file that was read, for errors
 size             number of tokens; their ids are 0 .. size - 1
+adds_prefix_space
+                 whether encoding puts a space before each piece of a text; None: not known here
 affixes          ids that the file wants before and after a text
 invented_spaces  spaces that encoding may have put before a text, which decoding has to take off:
                  0, 1, or 2 for one on every piece at the start of the text
@@ -16,7 +18,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sentencepiece
 import tokenizers
@@ -85,6 +87,20 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
+def _state(part: Any) -> dict[str, Any]:
+    """What a part of the library's pipeline is made of, as tokenizer.json writes it."""
+    state: dict[str, Any] = json.loads(part.__getstate__()) if part else {}
+    return state
+
+
+def _adds_prefix_space(pre_tokenizer: dict[str, Any]) -> bool | None:
+    """What the ByteLevel in a pre-tokenizer says of it, which may be one of a Sequence."""
+    for part in [pre_tokenizer, *pre_tokenizer.get("pretokenizers", [])]:
+        if part.get("type") == "ByteLevel":
+            return bool(part["add_prefix_space"])
+    return None
+
+
 class ByteLevelBPE:
     """The `tokenizers` library, from tokenizer.json or from vocab.json and merges.txt."""
 
@@ -97,12 +113,14 @@ class ByteLevelBPE:
         library.no_truncation()
         library.no_padding()
         self.affixes = self._post_processor_ids()
+        self.adds_prefix_space = _adds_prefix_space(_state(library.pre_tokenizer))
         # The same pipeline without added tokens, for text from people who are not trusted.
         self._plain = tokenizers.Tokenizer(library.model)
         if library.normalizer is not None:
             self._plain.normalizer = library.normalizer
         if library.pre_tokenizer is not None:
             self._plain.pre_tokenizer = library.pre_tokenizer
+        self._added_bytes = self._bytes_of_added()
 
     @classmethod
     def from_json(cls, path: Path) -> ByteLevelBPE:
@@ -133,8 +151,7 @@ class ByteLevelBPE:
         return cls(library, vocab)
 
     def _check_byte_level(self) -> None:
-        decoder = self.library.decoder
-        kind = json.loads(decoder.__getstate__())["type"] if decoder else None
+        kind = _state(self.library.decoder).get("type")
         if kind != "ByteLevel":
             raise TokenizerError(
                 f"{self.source}: its decoder is {kind}; only ByteLevel, Qwen2's, is supported"
@@ -159,6 +176,7 @@ class ByteLevelBPE:
 
     def add(self, token: AddedToken) -> None:
         self.library.add_tokens([token])
+        self._added_bytes = self._bytes_of_added()
 
     def added(self) -> dict[int, AddedToken]:
         return self.library.get_added_tokens_decoder()
@@ -182,10 +200,32 @@ class ByteLevelBPE:
         return token
 
     def token_bytes(self, id: int) -> bytes:
+        if id in self._added_bytes:
+            return self._added_bytes[id]
         token = self.id_to_token(id)
         if all(symbol in self.alphabet for symbol in token):
             return bytes(self.alphabet[symbol] for symbol in token)
-        return token.encode()  # an added token, spelled as it is
+        return token.encode()
+
+    def _bytes_of_added(self) -> dict[int, bytes]:
+        """The bytes of the added tokens, which are spelled as they are, whatever their letters."""
+        return {
+            id: token.content.encode()
+            for id, token in self.added().items()
+            if not self._is_made_by_model(id, token.content)
+        }
+
+    def _is_made_by_model(self, id: int, token: str) -> bool:
+        """Whether the model makes the token of plain text, which it then spells byte by byte.
+
+        "Ġthe" is " the", even if somebody has added it. (ASCII is spelled the same in both ways.)
+        """
+        if token.isascii() or any(symbol not in self.alphabet for symbol in token):
+            return False
+        if len(token) == 1:
+            return True
+        spelled = bytes(self.alphabet[symbol] for symbol in token)
+        return self.encode_plain(spelled.decode("utf-8", "replace")) == [id]
 
 
 # ---- sentencepiece ------------------------------------------------------------------------------
@@ -198,6 +238,7 @@ class SentencePiece:
     """
 
     affixes: tuple[list[int], list[int]] = ([], [])
+    adds_prefix_space = None
 
     def __init__(self, path: Path):
         data = read_small(path, TokenizerError)

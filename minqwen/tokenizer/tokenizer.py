@@ -2,8 +2,9 @@
 
 A token is a byte string. Encoding cuts a text into pieces and each piece into tokens. Decoding
 joins the tokens' bytes and reads them as UTF-8, and that is all: see `Tokenizer.token_bytes` and
-`IncrementalDecoder`. tokenizer_backends.py holds the two libraries that do the cutting, chat.py and
-chat_template.py what chats need, added_tokens.py the search for tokens such as <|im_end|>.
+`IncrementalDecoder`. backends.py holds the two libraries that do the cutting, chat.py and its
+neighbours what chats need, special_tokens.py what a checkpoint says of tokens such as <|im_end|>,
+added_tokens.py the search for them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
-
 from minqwen.errors import TokenizerError
-from minqwen.files import read_json_object
 from minqwen.tokenizer.added_tokens import encode_between, finder, mark
 from minqwen.tokenizer.backends import ByteLevelBPE, SentencePiece, load_backend
 from minqwen.tokenizer.chat import (
@@ -33,6 +31,7 @@ from minqwen.tokenizer.chat import (
 )
 from minqwen.tokenizer.chat_template import ChatRenderer
 from minqwen.tokenizer.continuation import Tagged, tag_final_message
+from minqwen.tokenizer.special_tokens import read_if_there, read_token_config, register_tokens
 
 
 class IncrementalDecoder:
@@ -108,16 +107,18 @@ class Tokenizer:
         chat_templates: dict[str, str] | None = None,
         padded_vocab_size: int = 0,
     ):
-        """config: the contents of tokenizer_config.json. `from_dir` reads all four."""
+        """config: the contents of tokenizer_config.json and of the older files beside it.
+
+        `from_dir` reads all four.
+        """
         config = config or {}
         self._backend = backend
         self._where = backend.source.parent / "tokenizer_config.json"
-        self._add_tokens(config.get("added_tokens_decoder") or {})
-        self.named_tokens: dict[str, str] = {}
-        self.bos_token_id = self._name_token("bos_token", config)
-        self.eos_token_id = self._name_token("eos_token", config)
-        self.pad_token_id = self._name_token("pad_token", config)
-        self.unk_token_id = self._name_token("unk_token", config)
+        self.named_tokens = register_tokens(backend, config)
+        self.bos_token_id = self._named_id("bos_token")
+        self.eos_token_id = self._named_id("eos_token")
+        self.pad_token_id = self._named_id("pad_token")
+        self.unk_token_id = self._named_id("unk_token")
         added = backend.added()
         self.added_tokens = {token.content: id for id, token in added.items()}
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
@@ -134,52 +135,19 @@ class Tokenizer:
     def from_dir(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """From a directory's tokenizer.json, or vocab.json and merges.txt, or tokenizer.model.
 
-        It also reads tokenizer_config.json, chat templates, and config.json's vocab_size.
+        It also reads tokenizer_config.json, the files that special_tokens.py names, chat templates,
+        and config.json's vocab_size.
         """
         path = Path(path)
-        config = _read_if_there(path / "tokenizer_config.json")
+        config = read_token_config(path)
         backend = load_backend(path, bool(config.get("add_prefix_space")))
-        rows = _read_if_there(path / "config.json").get("vocab_size")
+        rows = read_if_there(path / "config.json").get("vocab_size")
         templates = read_templates(path, config)
         return cls(backend, config, templates, rows if isinstance(rows, int) else 0)
 
-    def _add_tokens(self, specs: Any) -> None:
-        """Register tokenizer_config.json's added_tokens_decoder, {id: {content, special, ...}}."""
-        try:
-            tokens = {int(id): _added_token(spec) for id, spec in specs.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise TokenizerError(
-                f"{self._where}: added_tokens_decoder must map ids to {{'content': ..., "
-                f"'special': ..., ...}}: {error}"
-            ) from None
-        known = self._backend.added()
-        for id, token in sorted(tokens.items()):
-            if id not in known or known[id].content != token.content:
-                self._backend.add(token)
-            found = self._backend.token_to_id(token.content)
-            if found != id:
-                raise TokenizerError(
-                    f"{self._where}: added_tokens_decoder gives {token.content!r} the id "
-                    f"{id}, {self._backend.source.name} {found}; the files do not match"
-                )
-
-    def _name_token(self, name: str, config: Mapping[str, Any]) -> int | None:
-        """The id of tokenizer_config.json's eos_token (say), which is special from now on."""
-        token = config.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
-        if content is None:
-            return None
-        id = self._backend.token_to_id(content) if isinstance(content, str) else None
-        if id is None:
-            raise TokenizerError(
-                f"{self._where}: {name} is {content!r}, which {self._backend.source.name} "
-                "does not have; name a token that is there, or null"
-            )
-        added = self._backend.added()
-        if id not in added or not added[id].special:
-            self._backend.add(AddedToken(content, special=True, normalized=False))
-        self.named_tokens[name] = content
-        return id
+    def _named_id(self, name: str) -> int | None:
+        token = self.named_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
 
     def _affixes(self, config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Ids before and after a text.
@@ -364,15 +332,6 @@ class Tokenizer:
         if allow_special:
             return self.encode(prompt, add_special_tokens=False)
         return encode_between(prompt, self._find_added, self.added_tokens, self._encode_plain)
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    # lexists: a broken link is a mistake, not an absent file.
-    return read_json_object(path, TokenizerError) if os.path.lexists(path) else {}
-
-
-def _added_token(spec: Mapping[str, Any]) -> AddedToken:
-    return AddedToken(**{key: value for key, value in spec.items() if key != "__type"})
 
 
 def _check_text(text: Any) -> None:

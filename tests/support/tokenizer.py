@@ -41,6 +41,18 @@ def tiny_json(path: Path, specials=("<|im_end|>",), post_processor=None, **confi
     return path
 
 
+def edited_json(path: Path, **changes) -> None:
+    """Change values in a JSON file; a__b names the key b in the object a."""
+    data = json.loads(path.read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = data
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path.write_text(json.dumps(data))
+
+
 def one_line(error) -> str:
     text = str(error.value)
     assert isinstance(error.value, TokenizerError) and "\n" not in text and 10 < len(text) < 700

@@ -8,6 +8,7 @@ import os
 import pytest
 from support.tokenizer import (
     ALPHABET,
+    edited_json,
     one_line,
     tiny_json,
 )
@@ -32,17 +33,7 @@ def broken(name, content):
 
 
 def edited(name, **changes):
-    def change(path):
-        data = json.loads((path / name).read_text())
-        for key, value in changes.items():
-            *parents, last = key.split("__")
-            place = data
-            for parent in parents:
-                place = place[parent]
-            place[last] = value
-        (path / name).write_text(json.dumps(data))
-
-    return change
+    return lambda path: edited_json(path / name, **changes)
 
 
 def two_tokens_one_id(path):
