@@ -10,7 +10,6 @@ property's name cannot get round the schema.
 from __future__ import annotations
 
 import json as json_library
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,22 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minqwen.checks import did_you_mean, wrong
+from minqwen.checks import wrong
 from minqwen.errors import SamplingError
 from minqwen.files import printable
+from minqwen.sampling.json_schema import ROOT, at, every_part, for_grammar, read_schema, text_check
 from minqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-# JSON Schema, draft 2020-12, as far as llguidance enforces it; then words that only describe.
-KEYWORDS = frozenset(
-    """type enum const anyOf allOf oneOf $ref $defs definitions
-    properties patternProperties required additionalProperties minProperties maxProperties
-    items prefixItems minItems maxItems minLength maxLength pattern format
-    minimum maximum exclusiveMinimum exclusiveMaximum multipleOf
-    $schema $id $comment title description default examples deprecated readOnly writeOnly""".split()
-)
 
 
 @dataclass(frozen=True)
@@ -95,94 +86,9 @@ def _choices(where: str, value: Any) -> tuple[str, ...]:
     return tuple(_text(f"an item of {where}", item) for item in value)
 
 
-# ---- JSON schemas -------------------------------------------------------------------------------
-
-
-def _schema(where: str, value: Any) -> dict[str, Any]:
-    """The schema as a dict, given as one or as JSON."""
-    try:
-        schema = json_library.loads(value) if isinstance(value, str) else value
-        # This finds what is no JSON: NaN, a set, a lone surrogate, a dict that contains itself.
-        json_library.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SamplingError(f"{where} is not JSON: {error}") from None
-    if not isinstance(schema, dict):
-        raise _wrong(where, schema, "a schema (an object)")
-    _check_schema(schema, where)
-    return schema
-
-
-def _check_schema(schema: Any, where: str) -> None:
-    """Refuses, by name, what the grammar would not enforce."""
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
-        raise _wrong(where, schema, "a schema (an object, true or false)")
-    for word in schema:
-        if word not in KEYWORDS:
-            hint = did_you_mean(str(word), KEYWORDS)
-            text = f"{where}: keyword {word!r} is not supported: leave it out{hint}"
-            raise SamplingError(printable(text))
-    _check_values(schema, where)
-    _check_numbers(schema, where)
-    for part_where, part in _parts(schema, where):
-        _check_schema(part, part_where)
-
-
-def _check_values(schema: dict[str, Any], where: str) -> None:
-    """const and enum may not hold a character that JSON can only spell as \\uXXXX."""
-    values = json_library.dumps([schema.get("const"), schema.get("enum")], ensure_ascii=False)
-    if re.search(r"(?<!\\)(\\\\)*\\u|\x7f", values):
-        text = f"{where}: const or enum holds a control character: not supported"
-        raise SamplingError(printable(text))
-
-
-def _check_numbers(schema: dict[str, Any], where: str) -> None:
-    for word in ("exclusiveMinimum", "exclusiveMaximum"):
-        if isinstance(schema.get(word), bool):  # as in draft 4
-            raise _wrong(f"{where}.{word}", schema[word], "a number")
-    step = schema.get("multipleOf", 1)
-    if not isinstance(step, int) or isinstance(step, bool):
-        raise _wrong(f"{where}.multipleOf", step, "an integer")
-    _check_min_properties(schema, where)
-
-
-def _check_min_properties(schema: dict[str, Any], where: str) -> None:
-    """A name that the schema leaves open could come twice, and would be counted twice."""
-    fewest, required = schema.get("minProperties", 0), schema.get("required")
-    sure = len(required) if isinstance(required, list) else 0
-    if isinstance(fewest, int) and fewest > max(1, sure):
-        expected = "at most 1, or the number of required names (other names could repeat)"
-        raise _wrong(f"{where}.minProperties", fewest, expected)
-
-
-def _parts(schema: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    """The schemas inside a schema, with the place of each."""
-    for word in ("properties", "patternProperties", "$defs", "definitions"):
-        yield from _named_parts(f"{where}.{word}", schema.get(word, {}))
-    for word in ("anyOf", "allOf", "oneOf", "prefixItems"):
-        yield from _listed_parts(f"{where}.{word}", schema.get(word, []))
-    for word in ("items", "additionalProperties"):
-        yield f"{where}.{word}", schema.get(word, True)
-
-
-def _named_parts(where: str, parts: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(parts, dict):
-        raise _wrong(where, parts, "an object of schemas")
-    for name, part in parts.items():
-        yield f"{where}.{name}", part
-
-
-def _listed_parts(where: str, parts: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(parts, list):
-        raise _wrong(where, parts, "a list of schemas")
-    for i, part in enumerate(parts):
-        yield f"{where}[{i}]", part
-
-
 # What each field of StructuredOutputs must be: it is replaced by what its check returns.
 CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "json": _schema,
+    "json": read_schema,
     "regex": _text,
     "choice": _choices,
     "grammar": _text,
@@ -190,18 +96,21 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
 }
 
 
+STRING_WORDS = ("pattern", "format", "minLength", "maxLength")
+
 # ---- grammars -----------------------------------------------------------------------------------
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants it."""
+    """A tokenizer as llguidance wants it: a token for each logit, without bytes where none is."""
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer, eos_token_id: int):
+    def __init__(self, tokenizer: Tokenizer, size: int, eos_token_id: int):
         self.eos_token_id = eos_token_id
-        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        self.special_token_ids = sorted(tokenizer.special_ids)
+        known = min(size, tokenizer.vocab_size)
+        self.tokens = [tokenizer.token_bytes(i) for i in range(known)] + [b""] * (size - known)
+        self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < size)
         self.encode = tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:
@@ -211,39 +120,90 @@ class _Vocabulary:
 class ConstraintCompiler:
     """Makes constraints for one tokenizer and model.
 
-    Make one and keep it: at 150,000 tokens that takes some seconds. vocab_size: the logits' width.
-    Raises SamplingError if llguidance is not installed, or if no token ends a text.
+    Make one and keep it: at 150,000 tokens that takes some seconds. vocab_size: the logits' width;
+    the tokenizer may have fewer tokens, or more, which are then never written. Raises SamplingError
+    if the extra [json] is not installed, or if the model has no token that ends a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]):
         try:
+            import jsonschema  # noqa: F401  (json_schema.py needs it when a constraint is made)
             import llguidance
-        except ImportError:
+        except ImportError as error:
             raise SamplingError(
-                'structured_outputs needs llguidance: pip install "minqwen[json]"'
+                f'structured_outputs needs {error.name}: pip install "minqwen[json]"'
             ) from None
-        if not eos_token_ids:
+        self.eos_token_ids = tuple(i for i in eos_token_ids if i < vocab_size)
+        if not self.eos_token_ids:
             raise SamplingError(
-                "structured_outputs needs an end token: set eos_token_id in config.json"
+                "structured_outputs needs an end token that the model can write: set eos_token_id "
+                f"in config.json to an id below {vocab_size}"
             )
-        self.vocab_size, self.eos_token_ids = vocab_size, tuple(eos_token_ids)
-        wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, self.eos_token_ids[0]))
+        self.vocab_size = vocab_size
+        vocabulary = _Vocabulary(tokenizer, vocab_size, self.eos_token_ids[0])
+        wrapper = llguidance.TokenizerWrapper(vocabulary)
         self.tokenizer = llguidance.LLTokenizer(wrapper, eos_token=list(self.eos_token_ids))
+        self.bytes = llguidance.LLTokenizer("byte")  # 256 tokens, one for each byte
         self.matcher_class = llguidance.LLMatcher
 
     def constraint(self, spec: StructuredOutputs, stop_token_ids: Sequence[int] = ()) -> Constraint:
         """A constraint at the beginning of a text. Raises SamplingError if the grammar is bad."""
+        check = self._check(spec)
         grammar = self._grammar(spec)
         is_wrong, messages = self.matcher_class.validate_grammar_with_warnings(
             grammar, self.tokenizer
         )
         matcher = self.matcher_class(self.tokenizer, grammar, log_level=0)
+        where = f"structured_outputs.{'json' if spec.json_object else spec.kind}"
         if is_wrong or matcher.is_error():
             why = " ".join((messages[0] if is_wrong else matcher.get_error()).split())
-            kind = "json" if spec.json_object else spec.kind
-            raise SamplingError(f"structured_outputs.{kind}: {why[:300]}")
+            raise SamplingError(f"{where}: {why[:300]}")
         end_ids = (*self.eos_token_ids, *stop_token_ids)
-        return Constraint(matcher, self.tokenizer.vocab_size, self.vocab_size, end_ids)
+        if not any(matcher.compute_bitmask()):
+            raise SamplingError(f"{where}: no text fits, not even its first token can be written")
+        return Constraint(matcher, self.vocab_size, end_ids, check)
+
+    def _check(self, spec: StructuredOutputs) -> Callable[[str], None]:
+        """What a finished text must pass. Raises SamplingError for a schema that is wrong."""
+        if isinstance(spec.json, dict):
+            check = text_check(spec.json)
+            self._check_patterns(spec.json)
+            return check
+        return text_check({"type": "object"}) if spec.json_object else lambda text: None
+
+    def _check_patterns(self, schema: dict[str, Any]) -> None:
+        """Refuses patterns of which nothing can be written: where they come, no token is left.
+
+        A string cannot hold a control character, and a name that is declared is not one of
+        patternProperties'. That this happens with names of another part of the schema is possible,
+        because parts are merged.
+        """
+        places = list(every_part(schema, ROOT))
+        taken = dict.fromkeys((name for _, part in places for name in _names(part)), False)
+        for where, part in places:
+            if not self._has_string(part):
+                raise SamplingError(printable(f"{at(where, 'pattern')}: no string fits it"))
+            for pattern in part.get("patternProperties", {}):
+                if not self._has_name(pattern, taken):
+                    where = at(where, "patternProperties", pattern)
+                    why = "no name is left for it, beside those that are declared: leave it out"
+                    raise SamplingError(printable(f"{where}: {why}"))
+
+    def _has_string(self, schema: dict[str, Any]) -> bool:
+        """Whether a string can be written that has the schema's pattern, if it has one."""
+        words = {word: schema[word] for word in STRING_WORDS if word in schema}
+        return "pattern" not in words or self._can_begin({"type": "string", **words}, '"')
+
+    def _has_name(self, pattern: str, taken: dict[str, bool]) -> bool:
+        """Whether a name can be written that has the pattern; taken: {name: False}."""
+        words = {"patternProperties": {pattern: True}, "additionalProperties": False}
+        return self._can_begin({"type": "object", "properties": taken, **words}, '{"')
+
+    def _can_begin(self, schema: dict[str, Any], text: str) -> bool:
+        """Whether a text that fits the schema can begin like this; True for a bad schema."""
+        matcher = self.matcher_class(self.bytes, self._json_grammar(schema), log_level=0)
+        ids = list(text.encode())
+        return matcher.is_error() or matcher.try_consume_tokens(ids) == len(ids)
 
     def _grammar(self, spec: StructuredOutputs) -> str:
         """In llguidance's own language."""
@@ -255,8 +215,11 @@ class ConstraintCompiler:
             return make.grammar_from_lark(f"start: {strings}")
         if spec.grammar is not None:
             return make.grammar_from_lark(spec.grammar)
-        return make.grammar_from_json_schema(
-            {"type": "object"} if spec.json is None else spec.json,
+        return self._json_grammar({"type": "object"} if spec.json is None else spec.json)
+
+    def _json_grammar(self, schema: str | dict[str, Any]) -> str:
+        return self.matcher_class.grammar_from_json_schema(
+            for_grammar(schema),
             overrides={
                 "whitespace_flexible": True,
                 "whitespace_pattern": r"\x20|\x0A\x20{0,16}",
@@ -270,18 +233,31 @@ class ConstraintCompiler:
         )
 
 
+def _names(schema: dict[str, Any]) -> Iterator[str]:
+    """The names of properties that a schema spells out."""
+    yield from schema.get("properties", {})
+    yield from schema.get("required", [])
+    for value in (schema.get("const"), *schema.get("enum", [])):
+        yield from value if isinstance(value, dict) else ()
+
+
 class Constraint:
     """Where one text stands in its grammar.
 
-    num_tokens: how many tokens the tokenizer has. vocab_size: the logits' width. end_ids: the
-    tokens that end a text; they are allowed where it is complete.
+    vocab_size: the logits' width, for which the matcher was made. end_ids: the tokens that end a
+    text; they are allowed where it is complete. check: raises SamplingError for a finished text
+    that the grammar has let through by mistake.
     """
 
     def __init__(
-        self, matcher: LLMatcher, num_tokens: int, vocab_size: int, end_ids: Sequence[int]
+        self,
+        matcher: LLMatcher,
+        vocab_size: int,
+        end_ids: Sequence[int],
+        check: Callable[[str], None],
     ):
-        self.matcher, self.num_tokens, self.end_ids = matcher, num_tokens, sorted(set(end_ids))
-        self.bits = np.zeros((num_tokens + 31) // 32, np.int32)
+        self.matcher, self.end_ids, self.check = matcher, sorted(set(end_ids)), check
+        self.bits = np.zeros((vocab_size + 31) // 32, np.int32)
         self.vocab_size, self.ended = vocab_size, False
 
     @property
@@ -294,8 +270,8 @@ class Constraint:
         allowed = np.zeros(self.vocab_size, bool)
         if not self.ended and not self.matcher.is_stopped():
             self.matcher.unsafe_compute_mask_ptr(self.bits.ctypes.data, self.bits.nbytes)
-            bits = np.unpackbits(self.bits.view(np.uint8), count=self.num_tokens, bitorder="little")
-            allowed[: self.num_tokens] = bits.view(bool)
+            bits = np.unpackbits(self.bits.view(np.uint8), count=self.vocab_size, bitorder="little")
+            allowed = bits.view(bool)
         allowed[self.end_ids] = self.matcher.is_accepting()
         return torch.from_numpy(allowed)
 
