@@ -50,6 +50,10 @@ class Linear(nn.Module):
         zeros = torch.empty(out_features, **factory) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
 
+    def extra_repr(self) -> str:
+        bias = "" if self.bias is None else ", bias"
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}{bias}"
+
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self)
 

@@ -62,6 +62,9 @@ class RMSNorm(nn.Module):
         self.ops, self.eps = ops, eps
         self.weight = nn.Parameter(torch.empty(size, **factory), requires_grad=False)
 
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps:g}"
+
     def forward(self, x: Tensor, tap: Tap = UNTRACED, point: str = "") -> Tensor:
         """x normed, [T, D]. point: the tap's name of what the weight is multiplied with."""
         if not tap.sees(point):
@@ -78,6 +81,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.mesh, self.rows = mesh, rows
         self.weight = nn.Parameter(torch.empty(len(rows), size, **factory), requires_grad=False)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.mesh.size == 1:
@@ -103,6 +109,11 @@ class Attention(nn.Module):
         self.v_proj = Linear(ops, D, kv_size, bias=True, **factory)
         o_bias = config.model_type == "llama"  # a zero bias that only that layout has
         self.o_proj = RowParallelLinear(ops, mesh, q_size, D, bias=o_bias, **factory)
+
+    def extra_repr(self) -> str:
+        """The heads that this rank holds."""
+        heads, kv_heads = (len(p.weight) // self.head_dim for p in (self.q_proj, self.k_proj))
+        return f"heads={heads}, kv_heads={kv_heads}, head_dim={self.head_dim}"
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache | None, tap: Tap
@@ -212,6 +223,14 @@ class Qwen2(nn.Module):
         # change no value.
         self.preparations = 0
         self.own_hooks: set[int] = set()
+
+    def extra_repr(self) -> str:
+        rank = f", rank {self.mesh.rank} of {self.mesh.size}" if self.mesh.size > 1 else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.config.num_parameters():,} parameters, {dtype} on {self.device}, "
+            f"{self.ops.name} arithmetic{rank}"
+        )
 
     # The model itself never opens a file: these two are the only lines that look up to checkpoint.
 
