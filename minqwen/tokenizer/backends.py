@@ -121,6 +121,12 @@ class ByteLevelBPE:
         if library.pre_tokenizer is not None:
             self._plain.pre_tokenizer = library.pre_tokenizer
         self._added_bytes = self._bytes_of_added()
+        # Most vocabularies have all of them; SmolLM2's lacks 21.
+        self._missing = frozenset(
+            byte
+            for symbol, byte in self.alphabet.items()
+            if library.model.token_to_id(symbol) is None
+        )
 
     @classmethod
     def from_json(cls, path: Path) -> ByteLevelBPE:
@@ -156,11 +162,6 @@ class ByteLevelBPE:
             raise TokenizerError(
                 f"{self.source}: its decoder is {kind}; only ByteLevel, Qwen2's, is supported"
             )
-        if any(self.library.token_to_id(symbol) is None for symbol in self.alphabet):
-            raise TokenizerError(
-                f"{self.source}: the vocabulary lacks some of the 256 byte symbols, so texts "
-                "would lose characters; train it with the whole byte alphabet"
-            )
 
     def _post_processor_ids(self) -> tuple[list[int], list[int]]:
         """What tokenizer.json's post-processor puts before and after a text; nothing in Qwen2.5."""
@@ -182,10 +183,34 @@ class ByteLevelBPE:
         return self.library.get_added_tokens_decoder()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._missing:
+            find = finder(token.content for token in self.added().values())
+            for text in texts:
+                for between in find.split(text)[::2]:
+                    self._check_nothing_is_lost(between)
         return [one.ids for one in self.library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which added tokens are plain characters."""
+        self._check_nothing_is_lost(text)
+        return self._model_ids(text)
+
+    def _check_nothing_is_lost(self, text: str) -> None:
+        """Raise TokenizerError for a character with a byte that the vocabulary lacks.
+
+        The library would leave it out without a word.
+        """
+        if not self._missing:
+            return
+        normalizer = self.library.normalizer
+        for character in normalizer.normalize_str(text) if normalizer else text:
+            if not self._missing.isdisjoint(character.encode()):
+                raise TokenizerError(
+                    f"{self.source}: the vocabulary lacks {len(self._missing)} of the 256 bytes, "
+                    f"so the text would lose {character!r} (U+{ord(character):04X}); leave it out"
+                )
+
+    def _model_ids(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def token_to_id(self, token: str) -> int | None:
@@ -225,7 +250,7 @@ class ByteLevelBPE:
         if len(token) == 1:
             return True
         spelled = bytes(self.alphabet[symbol] for symbol in token)
-        return self.encode_plain(spelled.decode("utf-8", "replace")) == [id]
+        return self._model_ids(spelled.decode("utf-8", "replace")) == [id]
 
 
 # ---- sentencepiece ------------------------------------------------------------------------------

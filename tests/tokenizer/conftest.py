@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import lzma
 import shutil
 from pathlib import Path
 
 import pytest
-from support.tokenizer import (
-    ALPHABET,
-    TOKENIZER_DATA,
-    tiny_json,
-)
+from support.tokenizer import TOKENIZER_DATA, tiny_json, write_qwen_vocabulary
 
 from minqwen.tokenizer import Tokenizer
 
@@ -24,21 +18,12 @@ def sha256(text: str) -> str:
 
 @pytest.fixture(scope="session")
 def vocab_dir(tmp_path_factory) -> Path:
-    """Qwen2.5 as vocab.json and merges.txt.
-
-    The vocabulary follows from the merges: the 256 bytes, then what each merge makes.
-    """
+    """Qwen2.5 as vocab.json and merges.txt."""
     path = tmp_path_factory.mktemp("qwen_vocab")
-    merges = lzma.decompress((TOKENIZER_DATA / "merges.txt.xz").read_bytes()).decode()
-    vocab = dict(ALPHABET)
-    for line in merges.splitlines():
-        vocab.setdefault(line.replace(" ", ""), len(vocab))
-    compact = json.dumps(vocab, ensure_ascii=False, separators=(",", ":"))
+    merges, compact = write_qwen_vocabulary(path)
     # the published files'
     assert sha256(merges) == "599bab54075088774b1733fde865d5bd747cbcc7a547c5bc12610e874e26f5e3"
     assert sha256(compact) == "ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910"
-    (path / "vocab.json").write_text(compact, encoding="utf-8")
-    (path / "merges.txt").write_text(merges, encoding="utf-8")
     shutil.copy(TOKENIZER_DATA / "tokenizer_config.json", path)
     return path
 
