@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -51,6 +52,21 @@ def edited_json(path: Path, **changes) -> None:
             place = place[parent]
         place[last] = value
     path.write_text(json.dumps(data))
+
+
+def write_qwen_vocabulary(path: Path) -> tuple[str, str]:
+    """Write Qwen2.5's merges.txt and vocab.json; returns the two texts.
+
+    The vocabulary follows from the merges: the 256 bytes, then what each merge makes.
+    """
+    merges = lzma.decompress((TOKENIZER_DATA / "merges.txt.xz").read_bytes()).decode()
+    vocab = dict(ALPHABET)
+    for line in merges.splitlines():
+        vocab.setdefault(line.replace(" ", ""), len(vocab))
+    compact = json.dumps(vocab, ensure_ascii=False, separators=(",", ":"))
+    (path / "vocab.json").write_text(compact, encoding="utf-8")
+    (path / "merges.txt").write_text(merges, encoding="utf-8")
+    return merges, compact
 
 
 def one_line(error) -> str:
