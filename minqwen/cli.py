@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -130,6 +131,7 @@ def is_first_rank() -> bool:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         sys.exit(main())
     except MinqwenError as error:

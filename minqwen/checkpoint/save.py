@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
-from minqwen.checkpoint.writer import Content, write_checkpoint
+from minqwen.checkpoint.writer import HEADS_MANIFEST, Content, write_checkpoint
 from minqwen.checks import dtype_name
+from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError
+from minqwen.files import read_small
 from minqwen.model import Qwen2
 
 
@@ -24,7 +27,9 @@ def save_pretrained(
 ) -> None:
     """Write a model as a Hugging Face directory, atomically, in the dtype that it has in memory.
 
-    The options are those of `write_checkpoint`. Raises CheckpointError for a model that does not
+    The options are those of `write_checkpoint`. A path that is replaced keeps its tokenizer and the
+    like, unless `sources` is another directory; it keeps the manifest of an extension too, if the
+    model has the sizes that it describes. Raises CheckpointError for a model that does not
     hold the checkpoint's own weights, whole.
     """
     if not _holds_the_checkpoint(model):
@@ -35,6 +40,8 @@ def save_pretrained(
         )
     state = model.state_dict()
     config = model.config.replace(dtype=dtype_name("dtype", model.dtype))
+    if sources is None or _is_same_directory(sources, path):
+        sources, extra_files = None, _manifest_of(Path(path), config) | dict(extra_files or {})
     write_checkpoint(
         path,
         config,
@@ -44,7 +51,21 @@ def save_pretrained(
         extra_files=extra_files,
         omit=omit,
         overwrite=overwrite,
+        keep=True,
     )
+
+
+def _is_same_directory(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
+def _manifest_of(path: Path, config: ModelConfig) -> dict[str, Content]:
+    """The manifest of the extension in `path`, if that has the sizes of `config`."""
+    if not (path / HEADS_MANIFEST).is_file():
+        return {}
+    if ModelConfig.from_json(path).parameter_shapes() != config.parameter_shapes():
+        return {}
+    return {HEADS_MANIFEST: read_small(path / HEADS_MANIFEST, CheckpointError)}
 
 
 def _holds_the_checkpoint(model: Qwen2) -> bool:

@@ -68,6 +68,7 @@ def write_checkpoint(
     omit: Collection[str] = (),
     resume: str | None = None,
     overwrite: bool = False,
+    keep: bool = False,
     check: Callable[[Checkpoint], None] = lambda written: None,
 ) -> None:
     """Write an unquantised checkpoint: `write_directory` with the tensors that `config` describes.
@@ -95,6 +96,7 @@ def write_checkpoint(
         omit=omit,
         resume=resume,
         overwrite=overwrite,
+        keep=keep,
     )
 
 
@@ -111,6 +113,7 @@ def write_directory(
     omit: Collection[str] = (),
     resume: str | None = None,
     overwrite: bool = False,
+    keep: bool = False,
 ) -> None:
     """Write config.json, the weight files, their index if there are several, and companion files.
 
@@ -125,8 +128,8 @@ def write_directory(
                  fills the disk, leaves what it has written, and the next one with the same name
                  goes on from there. `tensors` is then a function of the set of names that are
                  written already, and gives the others
-
     overwrite    replace a dst that exists, if it is a checkpoint and nothing else
+    keep         the companion files of a dst that is replaced stay, if there are no sources
 
     Raises CheckpointError, for a tensor that does not fit, a dst that is also the source or must
     not be replaced, or a full disk; dst is then as it was.
@@ -145,6 +148,8 @@ def write_directory(
             _check_room(destination, files)
         if sources is not None:
             copy_companions(Path(sources), directory, omit)
+        elif keep and destination.exists():
+            copy_companions(destination, directory, omit)
         (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
         if len(files) > 1:
             (directory / INDEX).write_text(index_text(files))
@@ -167,28 +172,46 @@ def copy_companions(source: Path, directory: Path, omit: Collection[str] = ()) -
 
     Modes are kept. A link that leads out of the source is not copied, and a warning says so: what
     lies there may be nobody else's business. Hugging Face's cache is made of links to its blobs;
-    these are followed.
+    these are followed. A warning also names the files that no checkpoint needs. omit: names that
+    are neither copied nor named.
     """
     if not source.is_dir():
         raise CheckpointError(
             f"{source}: is not a directory, expected the one with the tokenizer's files"
         )
+    left_out = []
     for path in sorted(source.iterdir()):
-        if _is_companion(path.name) and path.name not in omit and not path.is_dir():
+        if path.name in omit:
+            continue
+        if _is_companion(path.name) and not path.is_dir():
             _copy_companion(path, directory / path.name)
+        elif not _is_written_anew(path.name):
+            left_out.append(quoted(path.name))
+    if left_out:
+        names = ", ".join(left_out[:8]) + and_more(left_out[7:])
+        _warn(f"{source}: not copied, because no checkpoint needs it: {names}")
 
 
 def _copy_companion(path: Path, to: Path) -> None:
     if _leads_out(path):
         where = os.path.realpath(path)
-        text = f"{path}: is a link to {where}, outside of the checkpoint, and is not copied"
-        warnings.warn(printable(text), stacklevel=2)
+        _warn(f"{path}: is a link to {where}, outside of the checkpoint, and is not copied")
         return
     if _PROSE.fullmatch(path.name) and path.is_file() and not path.stat().st_size:
         return  # an empty note is no sign of damage
     check_regular(path, CheckpointError)
     to.unlink(missing_ok=True)  # what a killed writer left may have a mode that forbids writing
     shutil.copy(path, to)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(printable(text), stacklevel=3)
+
+
+def _is_written_anew(name: str) -> bool:
+    """Configs, weights, what describes them, and what git and hf leave (it starts with a dot)."""
+    described = ("config.json", INDEX, HEADS_MANIFEST, QUANTIZE_CONFIG)
+    return name in described or name.startswith(".") or name.endswith(".safetensors")
 
 
 def _leads_out(path: Path) -> bool:

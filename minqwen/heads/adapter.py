@@ -92,7 +92,7 @@ def extend_adapter(
     if destination.exists():
         raise HeadsError(f"{destination}: exists; it is not replaced: choose another directory")
     with replacing_directory(destination, HeadsError) as directory:
-        copy_companions(source, directory)
+        copy_companions(source, directory, omit={ADAPTER, ADAPTER_CONFIG})
         (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(extended, directory / ADAPTER, metadata={"format": "pt"})
 

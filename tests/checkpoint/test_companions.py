@@ -89,3 +89,26 @@ def test_what_is_no_file_is_refused_and_never_opened(tmp_path, name, kind):
         refusal(lambda: write(tmp_path / "b", sources=tmp_path / "a"), name, "regular file")
     else:
         refusal(lambda: Checkpoint(tmp_path / "a"), name, "regular file")
+
+
+def test_what_is_left_out_is_said_in_one_line(tmp_path):
+    write(tmp_path / "a")
+    for name in ("notes.md", "eval.json", "pytorch_model.bin", ".gitattributes", "LICENSE"):
+        (tmp_path / "a" / name).write_text("mine")
+    (tmp_path / "a" / "onnx").mkdir()
+    (tmp_path / "a" / "README.md").write_text("")  # nothing is lost
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        write(tmp_path / "b", sources=tmp_path / "a", omit={"LICENSE"})
+    [said] = [str(warning.message) for warning in caught]
+    left_out = "'eval.json', 'notes.md', 'onnx', 'pytorch_model.bin'"
+    assert said == f"{tmp_path / 'a'}: not copied, because no checkpoint needs it: {left_out}"
+
+
+def test_a_checkpoint_with_nothing_else_is_copied_without_a_word(tmp_path):
+    write(tmp_path / "a", max_file_bytes=4000)
+    for name in ("tokenizer.json", "LICENSE", ".gitattributes"):
+        (tmp_path / "a" / name).write_text("x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path / "b", sources=tmp_path / "a")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.heads import random_model
 from support.quantised import checkpoint, read, tiny
-from support.tool import run_tool_here
+from support.tool import run_tool, run_tool_here
 
 from minqwen import Checkpoint, ModelConfig
 from minqwen.checkpoint import write_checkpoint
@@ -54,6 +54,16 @@ def test_the_target_stays_unless_the_user_says_so(tmp_path):
     done = run_tool_here("heads.py", "extend", src, dst, "--num-attention-heads", 9, "--overwrite")
     assert done.code == 2 and "eval.json" in done.err
     assert (dst / "notes.md").read_text() == "mine"
+
+
+def test_a_file_that_is_not_copied_is_told_in_one_line(tmp_path):
+    src, dst = tmp_path / "a", tmp_path / "b"
+    plain_source(src)
+    (src / "notes.md").write_text("mine")
+    done = run_tool("heads.py", "extend", src, dst, "--num-attention-heads", 9)
+    said = f"warning: {src}: not copied, because no checkpoint needs it: 'notes.md'"
+    assert done.code == 0 and said in done.err.splitlines()
+    assert all(line.startswith("warning: ") for line in done.err.splitlines())
 
 
 @pytest.mark.parametrize("packed", [False, True])
