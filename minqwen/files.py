@@ -118,11 +118,20 @@ def read_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FIL
 
 
 def read_text(path: Path, error: type[MinqwenError]) -> str:
-    """The text of a small UTF-8 file."""
+    """The text of a small UTF-8 file, without a byte order mark, which is not part of it."""
     try:
-        return read_small(path, error).decode("utf-8")
+        return read_small(path, error).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise _bad(path, f"is damaged ({e}), expected UTF-8 text; fetch it again", error) from None
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, without their ends: LF or CR LF.
+
+    str.splitlines also ends a line at U+2028, U+0085 and others, which are characters of a text.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def read_json(path: Path, error: type[MinqwenError]) -> Any:
@@ -142,7 +151,7 @@ def read_json_object(path: Path, error: type[MinqwenError]) -> dict[str, Any]:
 def parse_json(data: bytes, where: object, error: type[MinqwenError]) -> Any:
     """JSON in UTF-8 in which no key appears twice: of two, nobody can say which one is meant."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as e:  # also bad UTF-8, and integers too long for Python
         text = f"is not valid JSON ({e}), expected unique keys and nothing after the end"
         raise _bad(where, f"{text}; fetch the file again or repair it", error) from None

@@ -17,6 +17,7 @@ from minqwen.files import (
     and_more,
     check_regular,
     check_small,
+    lines_of,
     parse_json,
     printable,
     quoted,
@@ -50,6 +51,18 @@ def test_a_small_json_file_is_read(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(file)  # Hugging Face's cache is made of links
     assert read_small(link, ConfigError) == file.read_bytes()
+
+
+def test_a_byte_order_mark_is_not_part_of_a_text(tmp_path):
+    (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"a": "\xef\xbb\xbf"}')
+    assert read_text(tmp_path / "a", ConfigError) == '{"a": "\ufeff"}'
+    assert read_json_object(tmp_path / "a", ConfigError) == {"a": "\ufeff"}
+
+
+def test_only_a_line_feed_ends_a_line():
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\r\n\ni"
+    assert lines_of(text) == ["a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh", "", "i"]
+    assert lines_of("a\n") == ["a"] and lines_of("") == [] and lines_of("\n") == [""]
 
 
 def a_fifo(path: Path) -> None:
@@ -108,7 +121,7 @@ def test_a_stamp_tells_that_a_file_was_replaced_or_written_to(tmp_path):
         (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' appears more than once"),
         (b'[{"b": {"x": 1, "x\\n": 2, "x\\n": 3}}]', "the key 'x\\n' appears more than once"),
         (b"\xff\xfe{}", "is not valid JSON"),
-        (b'\xef\xbb\xbf{"a": 1}', "is not valid JSON"),  # a byte order mark
+        (b"\xef\xbb\xbf" * 2 + b"{}", "is not valid JSON"),  # of two marks one is text
         (b"[" * 100_000, "is not valid JSON"),
         (b"1" * 10_000, "is not valid JSON"),  # an integer too long for Python
     ],

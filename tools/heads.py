@@ -375,7 +375,7 @@ def read_ids(model: str, text: str | None, max_tokens: int) -> Tensor:
 
 def read_text(flag: str, file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MinqwenError(
             f"{flag} {file}: cannot be read ({error}), expected a file of UTF-8 text"

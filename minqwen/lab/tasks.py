@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minqwen.errors import MinqwenError
-from minqwen.files import printable
+from minqwen.files import lines_of, printable
 from minqwen.model import Batch, Qwen2
 from minqwen.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def parse_chapters(text: str) -> list[Chapter]:
     Raises MinqwenError for a line of another form.
     """
     chapters: list[Chapter] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(text), 1):
         reference, _, verse = line.partition(" ")
         name, colon, _ = reference.rpartition(":")
         if not colon or not verse:

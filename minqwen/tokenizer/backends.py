@@ -14,6 +14,7 @@ invented_spaces  spaces that encoding may have put before a text, which decoding
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +26,14 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from minqwen.errors import TokenizerError
-from minqwen.files import check_directory, check_small, read_json_object, read_small
+from minqwen.files import (
+    check_directory,
+    lines_of,
+    quoted,
+    read_json_object,
+    read_small,
+    read_text,
+)
 from minqwen.tokenizer.added_tokens import encode_between, finder
 
 T = TypeVar("T")
@@ -68,6 +76,22 @@ def _made_from(path: Path, make: Callable[[], T]) -> T:
     except BaseException as error:  # a panic of the Rust library is not an Exception
         words = " ".join(str(error).split())[:200]
         raise TokenizerError(f"{path}: damaged: {words}; fetch the file again") from None
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    """The pairs of merges.txt: two tokens in a line, with one space between them."""
+    pairs = []
+    for number, line in enumerate(lines_of(read_text(path, TokenizerError)), 1):
+        left, space, right = line.partition(" ")
+        if line.startswith("#version"):
+            continue
+        if not space or " " in right:
+            raise TokenizerError(
+                f"{path}: line {number} is {quoted(line, 80)}, expected two tokens and one space; "
+                "fetch the file again"
+            )
+        pairs.append((left, right))
+    return pairs
 
 
 def _wrong_ids(path: Path, size: int) -> TokenizerError:
@@ -131,7 +155,7 @@ class ByteLevelBPE:
     @classmethod
     def from_json(cls, path: Path) -> ByteLevelBPE:
         """From a tokenizer.json, which says all of it."""
-        data = read_small(path, TokenizerError)
+        data = read_small(path, TokenizerError).removeprefix(codecs.BOM_UTF8)
         backend = cls(_made_from(path, lambda: tokenizers.Tokenizer.from_buffer(data)), path)
         if any(backend.library.id_to_token(id) is None for id in range(backend.size)):
             raise _wrong_ids(path, backend.size)
@@ -140,11 +164,12 @@ class ByteLevelBPE:
     @classmethod
     def from_vocab(cls, vocab: Path, merges: Path, add_prefix_space: bool) -> ByteLevelBPE:
         """Qwen2's pipeline around a vocabulary: Unicode's form NFC, QWEN2_SPLIT, bytes, BPE."""
-        ids = list(read_json_object(vocab, TokenizerError).values())
+        id_of = read_json_object(vocab, TokenizerError)
+        ids = list(id_of.values())
         if any(type(id) is not int for id in ids) or sorted(ids) != list(range(len(ids))):
             raise _wrong_ids(vocab, len(ids))
-        check_small(merges, TokenizerError)
-        bpe = _made_from(merges, lambda: models.BPE.from_file(str(vocab), str(merges)))
+        pairs = _read_merges(merges)
+        bpe = _made_from(merges, lambda: models.BPE(vocab=id_of, merges=pairs))
         library = tokenizers.Tokenizer(bpe)
         library.normalizer = normalizers.NFC()
         library.pre_tokenizer = pre_tokenizers.Sequence(
