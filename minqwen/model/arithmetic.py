@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
-from minqwen.model.attention import dense_attention, paged_attention
+from minqwen.model.attention import dense_attention, paged_attention, weighted_values
 from minqwen.model.batch import Batch
 from minqwen.model.kv_cache import KVCache
 from minqwen.model.rope import rotary_table, rotate_half
@@ -159,7 +159,7 @@ class Native:
         scores = tap("attn.scores", scores)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         pattern = tap("attn.pattern", torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype))
-        return head_matmul(pattern, v)
+        return weighted_values(head_matmul, pattern, v, hidden)
 
     def attend_dense(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, tap: Tap

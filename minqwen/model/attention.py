@@ -7,9 +7,11 @@ both do with one group of rows is the arithmetic's: `attend`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minqwen.model.batch import Batch, Span
@@ -33,6 +35,33 @@ def tile_rows(device: torch.device, scores_per_row: int) -> int:
 def causal_mask(length: int, device: torch.device) -> Tensor:
     """[length, length] bool, True where a key (column) comes after a query (row)."""
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+
+
+def weighted_values(
+    product: Callable[[Tensor, Tensor], Tensor], pattern: Tensor, v: Tensor, hidden: Tensor | None
+) -> Tensor:
+    """pattern v, but what a row must not see does not reach it, not even NaN or infinity.
+
+    The pattern is 0 for a hidden key, and 0 times NaN is NaN. pattern [N, heads, R, L];
+    v [N, heads, L, d] -> [N, heads, R, d]. hidden: as `Native.attend` has it. product: the
+    arithmetic's matrix product. Where all is finite, this is product(pattern, v) in every bit.
+    """
+    z = product(pattern, v)
+    if hidden is None or hidden.shape[-2] == 1 or z.is_meta or is_finite(z):
+        return z  # where all rows share what is hidden, `_decode` has put zeros there
+    older = pattern.shape[-1] - hidden.shape[-1]
+    seen = ~F.pad(hidden, (older, 0)) | (pattern != 0)  # a hook may have changed the pattern
+    finite = v.isfinite()
+    meets = product(seen.to(v.dtype), (~finite).to(v.dtype)) > 0
+    return z.where(meets | z.isfinite(), product(pattern, v.where(finite, 0.0)))
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether x holds no NaN and no infinity.
+
+    Its sum has one if x has; a sum that overflows is a false alarm, which only costs time.
+    """
+    return math.isfinite(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
 
 
 def dense_attention(
