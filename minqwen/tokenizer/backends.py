@@ -3,6 +3,7 @@
 `ByteLevelBPE` is the `tokenizers` library, which Qwen2.5 uses; `SentencePiece` is the library of
 that name. `Tokenizer` adds what a checkpoint's other files say. Common to both:
 
+kind             its name for people
 source           the file that was read, for errors
 size             number of tokens; their ids are 0 .. size - 1
 adds_prefix_space
@@ -128,6 +129,7 @@ def _adds_prefix_space(pre_tokenizer: dict[str, Any]) -> bool | None:
 class ByteLevelBPE:
     """The `tokenizers` library, from tokenizer.json or from vocab.json and merges.txt."""
 
+    kind = "byte-level BPE"
     alphabet = _byte_alphabet()
     invented_spaces = 0
 
@@ -287,6 +289,7 @@ class SentencePiece:
     The library knows no added tokens, so the text between two of them is encoded on its own.
     """
 
+    kind = "sentencepiece model"
     affixes: tuple[list[int], list[int]] = ([], [])
     adds_prefix_space = None
 

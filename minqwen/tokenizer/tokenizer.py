@@ -145,6 +145,15 @@ class Tokenizer:
         templates = read_templates(path, config)
         return cls(backend, config, templates, rows if isinstance(rows, int) else 0)
 
+    def __repr__(self) -> str:
+        rows, special = self.padded_vocab_size, len(self.special_ids)
+        return (
+            f"Tokenizer({self._backend.kind} of {self.vocab_size} tokens"
+            + (f" in {rows} rows" if rows > self.vocab_size else "")
+            + "".join(f", {name} {token!r}" for name, token in self.named_tokens.items())
+            + f", {special} special token{'s' if special != 1 else ''}, {self._backend.source})"
+        )
+
     def _named_id(self, name: str) -> int | None:
         token = self.named_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)

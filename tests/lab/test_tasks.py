@@ -258,7 +258,11 @@ def test_each_token_of_a_long_chapter_is_scored_once_from_windows_that_overlap_b
 
 
 def test_chapters_are_read_as_the_command_bible_prints_them():
-    lines = ["Ge1:1 In the beginning", "Ge1:2 And the\u2028earth ", "1Jn2:1 My little children: these"]
+    lines = [
+        "Ge1:1 In the beginning",
+        "Ge1:2 And the\u2028earth ",
+        "1Jn2:1 My little children: these",
+    ]
     assert parse_chapters("\n".join(lines)) == [
         ("Ge1", ["In the beginning", "And the\u2028earth"]),
         ("1Jn2", ["My little children: these"]),

@@ -53,6 +53,19 @@ def test_sizes_and_named_tokens(either):
     )
 
 
+def test_its_repr_says_what_it_is(qwen, json_dir, tmp_path):
+    assert repr(qwen) == (
+        "Tokenizer(byte-level BPE of 151665 tokens, eos_token '<|im_end|>', pad_token "
+        f"'<|endoftext|>', 14 special tokens, {json_dir / 'tokenizer.json'})"
+    )
+    path = tiny_json(tmp_path / "t")
+    (path / "config.json").write_text('{"vocab_size": 300}')
+    assert repr(Tokenizer.from_dir(path)) == (
+        "Tokenizer(byte-level BPE of 260 tokens in 300 rows, 1 special token, "
+        f"{path / 'tokenizer.json'})"
+    )
+
+
 AWKWARD_TEXTS = [
     "<|im_end|>",
     "<|im_",
