@@ -120,6 +120,13 @@ def test_one_rank_shares_text_with_itself(text):
         ("heads.py", "extend", "MODEL", "OUT", "--num-attention-heads", "32"),
         ("heads.py", "verify", "MODEL", "MODEL"),
         ("heads.py", "shrink", "MODEL", "OUT"),
+        ("heads.py", "explain", "MODEL"),
+        ("heads.py", "demo", "--model", "MODEL"),
+        ("heads.py", "extend-adapter", "MODEL", "OUT", "--base", "MODEL"),
+        ("golden.py", "fingerprint", "MODEL"),
+        ("make_checkpoint.py", "--config", "MODEL", "OUT"),
+        ("make_checkpoint.py", "--size", "0.5B", "--tokenizer", "MODEL", "OUT"),
+        ("train_embedded", "--evaluate", "--out", "MODEL"),
     ],
     ids=" ".join,
 )

@@ -28,6 +28,7 @@ from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
 from minqwen.checks import integer
 from minqwen.cli import EMBEDDED, Parser, check_writable, run
 from minqwen.errors import HeadsError, MinqwenError, TokenizerError
+from minqwen.files import check_directory
 from minqwen.heads import adapter, convert, packed
 from minqwen.heads.layout import RECIPES, derived_head_dim, extended_config, layout, slot_map
 from minqwen.heads.manifest import MANIFEST, read_manifest
@@ -265,6 +266,7 @@ def adapter_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def extend_adapter(args: argparse.Namespace) -> int:
+    check_directory(Path(args.base), HeadsError)
     manifest = read_manifest(args.base)
     if manifest is None:
         raise HeadsError(

@@ -27,6 +27,7 @@ from minqwen.checkpoint.writer import check_other_directory, check_replaceable
 from minqwen.cli import Parser, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import CheckpointError
+from minqwen.files import check_directory
 from minqwen.lab.shapes import SIZES, official_config, random_tensors
 
 OVERRIDES = {
@@ -105,6 +106,8 @@ def main() -> int:
     config = config_of(args)
     if args.config is not None:
         check_other_directory(directory_of(Path(args.config)), args.dst)
+    if args.tokenizer is not None:
+        check_directory(Path(args.tokenizer), CheckpointError)
     check_replaceable(args.dst, args.overwrite)
     with tqdm(total=config.weight_bytes(), unit="B", unit_scale=True, desc=str(args.dst)) as bar:
 

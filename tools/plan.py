@@ -23,7 +23,17 @@ from minqwen.cli import Parser, check_writable, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import MinqwenError, ParallelError
 from minqwen.lab.figures import new_figure, save
-from minqwen.lab.planner import CAPACITIES, CARDS, GB, QUANTIZATIONS, Card, Estimate, Fit, Planner
+from minqwen.lab.planner import (
+    CAPACITIES,
+    CARDS,
+    GB,
+    QUANTIZATIONS,
+    Card,
+    Estimate,
+    Fit,
+    Planner,
+    yarn_for,
+)
 from minqwen.lab.shapes import SIZES, official_config
 
 DEGREES = (1, 2, 4, 8)  # without --tp
@@ -37,6 +47,7 @@ class Answer:
     estimate: Estimate
     fits: dict[str, Fit]  # by the card's GB
     cards: dict[str, Card]  # those of these sizes
+    yarn: dict[str, object] | None  # the rope_scaling that the context needs beyond the config's
 
     def as_json(self) -> dict[str, object]:
         floors = {
@@ -51,6 +62,7 @@ class Answer:
             "total": self.estimate.total,
             "cards_gb": {gb: asdict(fit) for gb, fit in self.fits.items()},
             "floors": floors,
+            "yarn": self.yarn,
         }
 
 
@@ -103,7 +115,7 @@ def load_flags(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         metavar="N",
-        help="tokens per sequence (default: the config's maximum)",
+        help="tokens per sequence (default: the config's maximum; for more, YaRN is named)",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
     parser.add_argument(
@@ -162,6 +174,7 @@ def answer(args: argparse.Namespace, config: ModelConfig, size: int) -> Answer:
         estimate,
         fits={gb: planner.fit(estimate, limit) for gb, limit in limits.items()},
         cards={name: card for name, card in CARDS.items() if card.gb in capacities},
+        yarn=yarn_for(config, context),
     )
 
 
@@ -203,9 +216,12 @@ def show_model(args: argparse.Namespace, config: ModelConfig, first: Answer) -> 
         f"context {estimate.context:,}, batch {estimate.batch}, "
         f"at most {planner.tokens:,} tokens a step"
     )
-    if estimate.context > c.context_length:
+    if first.yarn is not None:
         print(
-            f"note: the config allows {c.context_length:,} tokens; more needs YaRN (rope_scaling)"
+            f"note: the config ends at {c.context_length:,} tokens; {estimate.context:,} need "
+            f'"rope_scaling": {json.dumps(first.yarn)}\n'
+            "note: Qwen documents YaRN up to factor 4, for the Instruct models of 7B and more; it "
+            "changes what short prompts get too"
         )
 
 
@@ -227,6 +243,9 @@ def show_fits(found: list[Answer]) -> None:
     print("GPUs" + "".join(f"{gb + ' GB':>20}" for gb in found[0].fits))
     for a in found:
         print(f"{a.estimate.size:4}" + "".join(f"{pair(fit):>20}" for fit in a.fits.values()))
+    longest = max(one.context, found[0].planner.config.context_length)
+    if any(fit.largest_context == longest for a in found for fit in a.fits.values()):
+        print(f"Contexts end at {longest:,} tokens here; --context N says which YaRN more needs.")
 
 
 def pair(fit: Fit) -> str:

@@ -93,11 +93,38 @@ class Fit:
     """Whether an estimate fits in a limit, and how far its context or its batch could grow.
 
     largest_context is for the estimate's batch, largest_batch for its context; 0: not even one.
+    No context is offered beyond the config's own, or beyond the estimate's if that is longer.
     """
 
     fits: bool
     largest_context: int
     largest_batch: int
+
+
+def yarn_for(config: ModelConfig, context: int) -> dict[str, object] | None:
+    """The rope_scaling block with which a model reaches `context` tokens; None: it does without.
+
+    Raises ConfigError for a context that needs dual chunk attention.
+    """
+    if context <= config.context_length:
+        return None
+    if config.raw.get("dual_chunk_attention_config"):
+        raise ConfigError(
+            f"context is {context}, expected at most {config.context_length}: beyond that this "
+            "model needs dual chunk attention, which minqwen does not have"
+        )
+    scaling = config.rope_scaling
+    original = (
+        config.max_position_embeddings
+        if scaling is None
+        else scaling.original_max_position_embeddings
+    )
+    hundredths = -(-100 * context // original)  # rounded up
+    return {
+        "type": "yarn",
+        "factor": hundredths / 100,
+        "original_max_position_embeddings": original,
+    }
 
 
 @dataclass(frozen=True)
@@ -295,8 +322,9 @@ class Planner:
 
     def fit(self, estimate: Estimate, limit: int) -> Fit:
         """What fits in `limit` bytes per GPU around one of this planner's estimates."""
+        longest = max(estimate.context, self.config.context_length)
         return Fit(
             fits=estimate.total <= limit,
-            largest_context=self.largest_context(limit, estimate.batch),
+            largest_context=min(longest, self.largest_context(limit, estimate.batch)),
             largest_batch=self.largest_batch(limit, estimate.context),
         )

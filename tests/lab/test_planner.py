@@ -14,7 +14,15 @@ from minqwen import ModelConfig
 from minqwen.errors import ConfigError, ParallelError
 from minqwen.lab import peak_memory
 from minqwen.lab.peak_memory import Job
-from minqwen.lab.planner import CARDS, PACKINGS, QUANTIZATIONS, Fit, Planner, rank_weights
+from minqwen.lab.planner import (
+    CARDS,
+    PACKINGS,
+    QUANTIZATIONS,
+    Fit,
+    Planner,
+    rank_weights,
+    yarn_for,
+)
 from minqwen.lab.shapes import SIZES, official_config
 from minqwen.parallel import valid_degrees
 
@@ -191,8 +199,50 @@ def test_largest_is_the_last_that_fits(size, gb):
     batch = planner.largest_batch(limit, 8192)
     assert planner.estimate(8192, batch).total <= limit < planner.estimate(8192, batch + 1).total
     fit = planner.fit(planner.estimate(8192, 3), limit)
-    assert fit == Fit(planner.estimate(8192, 3).total <= limit, context, batch)
+    assert fit == Fit(planner.estimate(8192, 3).total <= limit, min(context, 32768), batch)
+    longest = planner.fit(planner.estimate(10**9), limit)
+    assert longest.largest_context == planner.largest_context(limit) < 10**9
     assert Planner(official_config("72B")).largest_context(limit) == 0
+
+
+def with_yarn(block: dict) -> ModelConfig:
+    return ModelConfig.from_dict({**SEVEN.to_dict(), "rope_scaling": block})
+
+
+@pytest.mark.parametrize("context", [32769, 40_000, 65_536, 131_072, 131_073, 1_000_003])
+def test_the_yarn_that_a_context_needs(context):
+    block = yarn_for(SEVEN, context)
+    assert with_yarn(block).context_length >= context
+    less = {**block, "factor": block["factor"] - 0.01}
+    assert with_yarn(less).context_length < context
+
+
+def test_the_yarn_of_models_that_reach_further():
+    assert yarn_for(SEVEN, 32768) is None
+    documented = yarn_for(SEVEN, 131_072)  # the block in Qwen's documentation
+    assert documented == {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    }
+    scaled = with_yarn(documented)
+    assert yarn_for(scaled, 131_072) is None
+    assert yarn_for(scaled, 262_144) == {**documented, "factor": 8.0}
+    base = SEVEN.replace(max_position_embeddings=131_072)  # the 7B that is not Instruct
+    assert yarn_for(base, 131_072) is None
+    assert yarn_for(base, 262_144)["original_max_position_embeddings"] == 131_072
+
+
+def test_yarn_does_not_take_a_dual_chunk_model_further():
+    raw = {
+        **SEVEN.to_dict(),
+        "max_position_embeddings": 1_010_000,
+        "dual_chunk_attention_config": {"original_max_position_embeddings": 262_144},
+    }
+    config = ModelConfig.from_dict(raw)
+    assert yarn_for(config, 262_144) is None
+    with pytest.raises(ConfigError, match="context is 262145, expected at most 262144"):
+        yarn_for(config, 262_145)
 
 
 def test_what_cannot_work_is_refused():

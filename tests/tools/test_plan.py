@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -60,9 +61,18 @@ def test_with_32_heads_eight_gpus_can_share_the_model():
     assert [a["heads"] for a in found] == [32] * 4
 
 
-def test_a_context_beyond_the_configs_is_noted():
-    done = run_tool_here("plan.py", "--size", "7B", "--tp", 4, "--context", 40_000)
-    assert "note: the config allows 32,768 tokens; more needs YaRN" in done.out
+def test_no_context_beyond_the_models_own_without_its_yarn():
+    own = run_tool_here("plan.py", "--size", "7B", "--tp", 4).out
+    assert "32,768 / 35 " in own and "rope_scaling" not in own
+    assert "Contexts end at 32,768 tokens here" in own
+    more = run_tool_here("plan.py", "--size", "7B", "--tp", 4, "--context", 40_000).out
+    (line,) = (line for line in more.splitlines() if "rope_scaling" in line)
+    block = json.loads(re.search(r"{.*}", line)[0])
+    assert block == {"type": "yarn", "factor": 1.23, "original_max_position_embeddings": 32768}
+    assert "40,000 / 28 " in more and "up to factor 4" in more
+    (answer,) = answers("--size", "7B", "--tp", 4, "--context", 40_000)
+    assert answer["yarn"] == block
+    assert {fit["largest_context"] for fit in answer["cards_gb"].values()} == {40_000}
 
 
 def test_plot_and_what_to_do_without_matplotlib(tmp_path, monkeypatch):
