@@ -87,7 +87,7 @@ def is_finite(value: Any) -> bool:
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:
-        return abs(float(value)) < 1e300  # false for NaN and infinity
+        return math.isfinite(float(value))
     except OverflowError:  # an integer that no float can hold
         return False
 

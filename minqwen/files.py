@@ -36,7 +36,10 @@ class Stamp(NamedTuple):
 
 def quoted(value: object, most: int = 200) -> str:
     """A name or value out of a file as one short printable line, whatever it holds."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python spells no integer of more than 4,300 digits
+        text = f"a {type(value).__name__} of too many digits to show"
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minqwen.checks import boolean, did_you_mean, is_finite, is_integer, number, wrong
+from minqwen.checks import (
+    boolean,
+    did_you_mean,
+    is_finite,
+    is_integer,
+    number,
+    wrong,
+)
 from minqwen.config import GenerationDefaults
 from minqwen.config.generation_config import LEAST_TEMPERATURE
 from minqwen.errors import SamplingError
+from minqwen.files import quoted
 from minqwen.sampling.structured import StructuredOutputs
 
+MAX_SAMPLES = 16384  # vLLM's limit: a larger n would fill the memory before a step is made
 NOT_TOGETHER = {
     "forced_ids": ("stop", "stop_token_ids", "structured_outputs"),
     "structured_outputs": ("min_tokens", "bad_words", "stop"),
@@ -26,7 +36,8 @@ class SamplingParams:
     top_k 0 or -1, top_p 1, min_p 0 and the neutral penalties switch a step off; temperature 0 is
     greedy. max_tokens None is the rest of the context, or of the checkpoint's max_length. logprobs
     N asks for the chosen token and the N likeliest (-1: all). stop, stop_token_ids, bad_words and
-    forced_ids become tuples; None stands for no items. forced_ids (teacher forcing) are emitted in
+    forced_ids become tuples; None stands for no items. A stop string may name special tokens, which
+    the text is shown without. forced_ids (teacher forcing) are emitted in
     order and end the request: they set max_tokens to their number, and ignore_eos. What could leave
     a grammar without a token, or end its text before it parses, cannot go with structured_outputs.
     """
@@ -77,7 +88,8 @@ class SamplingParams:
         """Refuses fields that contradict each other."""
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError(
-                f"min_tokens is {self.min_tokens}: expected at most max_tokens, {self.max_tokens}"
+                f"min_tokens is {quoted(self.min_tokens)}: "
+                f"expected at most max_tokens, {quoted(self.max_tokens)}"
             )
         for one, others in NOT_TOGETHER.items():
             for other in others:
@@ -104,8 +116,19 @@ class SamplingParams:
             for i in getattr(self, name) or ():
                 if i >= vocab_size:
                     raise SamplingError(
-                        f"{name} names token {i}: expected ids from 0 to {vocab_size - 1}"
+                        f"{name} names token {quoted(i)}: expected ids from 0 to {vocab_size - 1}"
                     )
+
+
+def _signature() -> inspect.Signature:
+    """What help() shall show: the fields, and not the arguments of __new__."""
+    of_init = inspect.signature(SamplingParams.__init__, eval_str=True)
+    fields = [parameter for name, parameter in of_init.parameters.items() if name != "self"]
+    return inspect.Signature(fields)
+
+
+# inspect looks for this attribute, of which the types of a class know nothing.
+SamplingParams.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 # ---- one check for each field -------------------------------------------------------------------
@@ -213,7 +236,8 @@ def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
     biases = {}
     for key, bias in value.items():
         i = _token_id(f"a key of {name}", key)
-        biases[i] = number(f"{name}[{i}]", bias, -100, 100, open_low=False, error=SamplingError)
+        where = f"{name}[{quoted(i)}]"
+        biases[i] = number(where, bias, -100, 100, open_low=False, error=SamplingError)
     return biases
 
 
@@ -232,7 +256,7 @@ _LENGTH = Numbers(
 )
 
 CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "n": Numbers("an integer >= 1", 1, integer=True).check,
+    "n": Numbers(f"an integer from 1 to {MAX_SAMPLES}", 1, MAX_SAMPLES, integer=True).check,
     "temperature": _temperature,
     "top_p": Numbers("a number above 0, at most 1 (1: off)", 0, 1, above_low=True).check,
     "top_k": Numbers("an integer >= 1, or 0 or -1 (off)", -1, integer=True).check,

@@ -1,5 +1,6 @@
 """`sample` against the definition, written row by row."""
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -153,6 +154,37 @@ def test_bad_words():
     p = SamplingParams(temperature=0)
     for output, token in (([1, 97], 99), ([65], 99), ([97, 1], 98), ([], 98), ([98], 98)):
         assert sample(x, [make_row(p, [97], output, bad_words=words)])[0] == [token]
+
+
+EXTREMES = {
+    "temperature": [0, 1e-5, 1e39, 1.7e308],
+    "top_k": [0, 1, 2**63 - 1],
+    "top_p": [5e-324, 1e-9, 1.0],
+    "min_p": [0, 5e-324, 1.0],
+    "repetition_penalty": [5e-324, 1e-30, 1.0, 1e39, 1.7e308],
+    "presence_penalty": [-2, 0, 2],
+    "frequency_penalty": [-2, 0, 2],
+    "logprobs": [None, 0, 2**63 - 1, -1],
+    "min_tokens": [0, 2**63 - 1],
+    "seed": [0, 2**64 - 1],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_no_field_at_its_limit_stops_the_sampler(dtype):
+    rng = random.Random(0)
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for _ in range(150):
+        rows = []
+        for i in range(4):
+            fields = {name: rng.choice(values) for name, values in EXTREMES.items()}
+            params = SamplingParams(max_tokens=None, **fields)
+            rows.append(make_row(params, [1, 2], [3, 4, 3], params.seed, index=i))
+        tokens, entries = sample(x, rows)
+        assert len(tokens) == 4 and all(-1 <= token < 50 for token in tokens)
+        for row, entry in zip(rows, entries or [None] * 4):
+            wanted = row.params.logprobs
+            assert entry is None or len(entry) == (1 if wanted == 0 else 50)
 
 
 def test_penalties_count_the_ids_that_come_between_two_steps():

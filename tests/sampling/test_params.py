@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -126,3 +129,77 @@ def test_an_id_that_the_model_does_not_have_is_refused():
         message = f"{next(iter(field))} names token 10: expected ids from 0"
         with pytest.raises(SamplingError, match=message):
             SamplingParams(**field).check_ids(10)
+
+
+# ---- whatever a field is given ------------------------------------------------------------------
+
+NUMERIC = [
+    *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"),
+]
+ODD = [
+    *(NAN, INF, -INF, None, True, False, "", "1", "nan", b"1", [], [1], {}, (1,), {1}, 1j, object),
+    *(0, -0.0, 1, -1, 5e-324, 1e-310, 1e-5, 1e39, 1e300, 1.7e308, 2**63 - 1, 2**63, 2**64),
+    *(10**30, 10**400, -(10**400), 10**5000, -(10**5000), Fraction(1, 3), Decimal("0.5")),
+    *(np.float32(0.5), np.float64(NAN), np.int8(3), np.bool_(True), np.array(1), np.array([1.0])),
+    *(torch.tensor(1.0), torch.tensor([1, 2])),
+]
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_a_numeric_field_takes_a_number_or_is_refused_in_one_line(name):
+    taken = 0
+    for value in ODD:
+        try:
+            found = getattr(SamplingParams(**{"max_tokens": None, name: value}), name)
+        except SamplingError as error:
+            message = str(error)
+            assert message.startswith(f"{name} is ") and "expected" in message
+            assert "\n" not in message and len(message) < 300
+            continue
+        assert found is None or type(found) in (int, float)
+        assert found is None or abs(found) < INF
+        taken += 1
+    assert taken >= 2
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "forced_ids", "logit_bias"])
+def test_an_id_is_an_integer_or_is_refused_in_one_line(name):
+    for value in ODD:
+        if isinstance(value, (list, dict, set)):  # no key of a dict
+            continue
+        try:
+            SamplingParams(**{name: {value: 1.0} if name == "logit_bias" else [value]})
+        except SamplingError as error:
+            assert name in str(error) and "\n" not in str(error) and len(str(error)) < 300
+        except TypeError as error:
+            assert "unhashable" in str(error)  # of the dict, not of ours
+
+
+def test_numbers_too_long_to_spell_are_told_all_the_same():
+    long = 10**5000
+    for refused in (
+        lambda: SamplingParams(min_tokens=long),
+        lambda: SamplingParams(stop_token_ids=[long]).check_ids(9),
+    ):
+        with pytest.raises(SamplingError, match="an? (int )?of too many digits to show: expected"):
+            refused()
+
+
+def test_a_large_number_is_as_good_as_another():
+    p = SamplingParams(temperature=1.7e308, repetition_penalty=1e300, logit_bias={3: -0.0})
+    assert (p.temperature, p.repetition_penalty) == (1.7e308, 1e300)
+
+
+def test_so_many_samples_that_they_alone_fill_the_memory_are_refused():
+    assert SamplingParams(n=16384).n == 16384
+    with pytest.raises(SamplingError, match="n is 16385, expected an integer from 1 to 16384"):
+        SamplingParams(n=16385)
+
+
+def test_the_signature_names_the_fields():
+    signature = inspect.signature(SamplingParams)
+    assert list(signature.parameters) == list(SamplingParams.__dataclass_fields__)
+    assert str(signature).startswith("(n: int = 1, temperature: float = 1.0, top_p: float = 1.0, ")
+    assert signature.parameters["max_tokens"].default == 256
+    assert SamplingParams(2, 0.5).temperature == 0.5
