@@ -19,6 +19,15 @@ LEAST_TEMPERATURE = 1e-5
 # Keys of generation_config.json that would change the text, with the values that change nothing.
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,),
+    "num_return_sequences": (1,),
+    "force_words_ids": ([],),
+    "constraints": ([],),
+    "dola_layers": (),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "max_time": (),
     "penalty_alpha": (0,),
     "guidance_scale": (1,),
     "typical_p": (1,),
