@@ -35,6 +35,7 @@ LARGEST = {"exclusiveMinimum": 2**53, "exclusiveMaximum": 2**53, "minimum": 2**6
 LARGEST_EXPONENT = 22
 DIGITS = 15  # that any double holds
 ROOT = "structured_outputs.json#"
+TOO_DEEP = "{} is nested too deeply: give it fewer levels"
 FORMATS = ("date", "email", "ipv4", "ipv6", "uuid")  # that jsonschema checks by itself
 
 
@@ -48,8 +49,11 @@ def read_schema(where: str, value: Any) -> dict[str, Any]:
         raise SamplingError(f"{where} is not JSON: {error}") from None
     if not isinstance(schema, dict):
         raise _wrong(where, schema, "a schema (an object)")
-    _check_schema(schema, f"{where}#")
-    _check_references(schema, f"{where}#")
+    try:
+        _check_schema(schema, f"{where}#")
+        _check_references(schema, f"{where}#")
+    except RecursionError:
+        raise SamplingError(TOO_DEEP.format(where)) from None
     return schema
 
 
@@ -264,6 +268,8 @@ def text_check(schema: dict[str, Any]) -> Callable[[str], None]:
     kind = validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(schema)
+    except RecursionError:
+        raise SamplingError(TOO_DEEP.format(ROOT)) from None
     except jsonschema.SchemaError as error:
         where = at(ROOT, *error.absolute_path)
         raise SamplingError(printable(f"{where}: {error.message}")[:300]) from None

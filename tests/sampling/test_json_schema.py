@@ -168,6 +168,27 @@ def test_a_schema_that_is_wrong_is_told_with_its_place(writer):
         writer.begin({"pattern": "("})
 
 
+@pytest.mark.parametrize("depth", [10, 120, 250, 400, 3000])
+@pytest.mark.parametrize("word", ["anyOf", "items", "properties", "const", "$ref"])
+def test_a_schema_may_be_deep_or_is_refused_in_one_line(writer, word, depth):
+    schema = {"type": "null"}
+    for _ in range(depth):
+        schema = {
+            "anyOf": {"anyOf": [schema]},
+            "items": {"type": "array", "items": schema},
+            "properties": {"properties": {"a": schema}},
+            "const": {"const": [schema.get("const")]},
+            "$ref": schema,
+        }[word]
+    if word == "$ref":
+        names = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(depth)}
+        schema = {"$ref": "#/$defs/d0", "$defs": {**names, f"d{depth}": {"type": "null"}}}
+    try:
+        writer.begin(schema)
+    except SamplingError as error:
+        assert depth > 100 and len(str(error)) < 400 and "\n" not in str(error)
+
+
 # ---- whatever the schema ------------------------------------------------------------------------
 
 NAMES = st.sampled_from(["a", "b", "x1", "x2", "yy"])
