@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +63,8 @@ class Parser(argparse.ArgumentParser):
         mistyped = re.search(r"argument command: invalid choice: '(.*?)'", message)
         if mistyped:
             message += did_you_mean(mistyped[1], self.commands)
-        self.exit(2, f"error: {message} (see --help)\n" if is_first_rank() else "")
+        say_mistake(f"{message} (see --help)")
+        self.exit(2)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +133,30 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def say_mistake(text: str) -> None:
+    """One line about a user's mistake, on stderr, from rank 0.
+
+    Every rank tells torchrun: if another is faster, torchrun may end rank 0 before it speaks.
+    """
+    if is_first_rank():
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    tell_torchrun(f"error: {text}")
+
+
+def tell_torchrun(line: str) -> None:
+    """Let torchrun end its report with this line, as the root cause.
+
+    When a rank fails, torchrun prints a traceback and a report, 45 lines that hide ours. The form
+    is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -137,8 +165,9 @@ def run(main: Callable[[], int | None]) -> None:
     except MinqwenError as error:
         if dist.is_initialized():  # the watch of the ranks has put its own hook here
             sys.excepthook(type(error), error, None)
-        elif is_first_rank():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell_torchrun(f"error: {error}")
+        else:
+            say_mistake(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from support.paths import ROOT
 from support.tool import run_tool_here
+from support.torchrun import torchrun
 
 from minqwen.cli import Parser, check_writable, model_flags, model_options, run, share_text
 from minqwen.errors import MinqwenError
@@ -142,3 +146,29 @@ def test_every_tool_says_first_that_there_is_no_such_directory(command, model, s
     done = run_tool_here(*(words.get(word, word) for word in command))
     assert done.code == 2 and done.out == "" and done.err.count("\n") == 1
     assert says in done.err
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [(["--top-p", "2"], "top_p is 2.0"), (["--topp", "2"], "did you mean '--top-p'?")],
+)
+def test_torchruns_report_ends_with_the_users_mistake(args, says):
+    """torchrun prints a traceback and a report of 45 lines when a rank fails."""
+    done = torchrun(2, ROOT / "tools" / "generate.py", ["x", *args])
+    assert done.returncode == 1  # torchrun's own, whatever the ranks' status is
+    *_, last, border = done.stderr.splitlines()
+    assert " error: " in last and says in last and set(border) == {"="}
+
+
+def test_every_rank_tells_torchrun_and_only_rank_0_the_user(capsys, monkeypatch, tmp_path):
+    def main() -> int:
+        raise MinqwenError("top_p is 2.0")
+
+    for rank, printed in (("0", "error: top_p is 2.0\n"), ("1", "")):
+        file = tmp_path / rank
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        with pytest.raises(SystemExit):
+            run(main)
+        assert capsys.readouterr().err == printed
+        assert json.loads(file.read_text())["message"]["message"] == "error: top_p is 2.0"
