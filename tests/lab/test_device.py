@@ -155,6 +155,18 @@ def test_what_cannot_run_is_a_difference_and_not_the_end():
     assert len(outcome.differences) == 1 and "raises" in outcome.differences[0]
 
 
+def test_a_cpu_that_cannot_run_a_check_is_told_too():
+    outcome, sha = examine(Check("here", "never", lambda x: x + "1", lambda r: (torch.ones(3),)))
+    assert "the CPU: raises TypeError" in outcome.differences[0] and sha == ""
+
+
+def test_a_process_of_scalar_code_that_ends_is_a_difference_in_every_check(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    outcomes = list(examine_cpu(QUICK))
+    assert len(outcomes) == len(CHECKS)
+    assert all("the process ended before it" in o.differences[0] for o in outcomes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ties_lie_half_way(dtype):
     x = Numbers("ties").ties(dtype, torch.float64, 20000)
