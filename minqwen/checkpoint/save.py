@@ -6,8 +6,9 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from minqwen.checkpoint.companions import HEADS_MANIFEST
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
-from minqwen.checkpoint.writer import HEADS_MANIFEST, Content, write_checkpoint
+from minqwen.checkpoint.writer import Content, write_checkpoint
 from minqwen.checks import dtype_name
 from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError

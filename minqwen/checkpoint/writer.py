@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +19,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from minqwen.checkpoint.companions import (
+    HEADS_MANIFEST,
+    QUANTIZE_CONFIG,
+    copy_companions,
+    is_companion,
+    keep_companions,
+)
 from minqwen.checkpoint.reader import Checkpoint
 from minqwen.checkpoint.weight_files import (
     DTYPES,
@@ -35,23 +41,12 @@ from minqwen.checkpoint.weight_files import (
 )
 from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError
-from minqwen.files import and_more, check_regular, printable, quoted, replacing_directory
+from minqwen.files import and_more, quoted, replacing_directory
 
 NamedTensors: TypeAlias = Iterable[tuple[str, Tensor]]
 Tensors: TypeAlias = NamedTensors | Callable[[set[str]], NamedTensors]
 Content: TypeAlias = bytes | str | Callable[[], bytes | str]
 
-HEADS_MANIFEST = "minqwen_heads.json"  # beside the weights of an extension (heads/manifest.py)
-QUANTIZE_CONFIG = "quantize_config.json"  # AutoGPTQ's own: true only of packed weights
-
-# What a checkpoint has besides config.json and its weights. These files are copied from a source,
-# and these may be removed with a checkpoint that is replaced. All others are somebody's own.
-_COMPANION = re.compile(
-    r"tokenizer[\w.-]*\.(json|model)|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json"
-    r"|added_tokens\.json|chat_template\.(jinja|json)|generation_config\.json"
-    r"|quant(ize)?_config\.json|configuration\.json"
-)
-_PROSE = re.compile(r"(licen[cs]e|notice|copying|usage_policy|readme)([-_.]\w+)*", re.IGNORECASE)
 _EXTRA = re.compile(r"(?!config\.json$|.*\.index\.json$|.*\.safetensors$)[\w-][\w.-]*")
 _JOURNAL = ".written"  # names of the tensors that are on the disk, one a line
 
@@ -149,7 +144,7 @@ def write_directory(
         if sources is not None:
             copy_companions(Path(sources), directory, omit)
         elif keep and destination.exists():
-            copy_companions(destination, directory, omit)
+            keep_companions(destination, directory, omit)
         (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
         if len(files) > 1:
             (directory / INDEX).write_text(index_text(files))
@@ -165,65 +160,6 @@ def _bytes_of(content: Content) -> bytes:
     if callable(content):
         content = content()
     return content.encode() if isinstance(content, str) else content
-
-
-def copy_companions(source: Path, directory: Path, omit: Collection[str] = ()) -> None:
-    """Copy what a checkpoint has besides weights and configs: tokenizer, templates, licence.
-
-    Modes are kept. A link that leads out of the source is not copied, and a warning says so: what
-    lies there may be nobody else's business. Hugging Face's cache is made of links to its blobs;
-    these are followed. A warning also names the files that no checkpoint needs. omit: names that
-    are neither copied nor named.
-    """
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{source}: is not a directory, expected the one with the tokenizer's files"
-        )
-    left_out = []
-    for path in sorted(source.iterdir()):
-        if path.name in omit:
-            continue
-        if _is_companion(path.name) and not path.is_dir():
-            _copy_companion(path, directory / path.name)
-        elif not _is_written_anew(path.name):
-            left_out.append(quoted(path.name))
-    if left_out:
-        names = ", ".join(left_out[:8]) + and_more(left_out[7:])
-        _warn(f"{source}: not copied, because no checkpoint needs it: {names}")
-
-
-def _copy_companion(path: Path, to: Path) -> None:
-    if _leads_out(path):
-        where = os.path.realpath(path)
-        _warn(f"{path}: is a link to {where}, outside of the checkpoint, and is not copied")
-        return
-    if _PROSE.fullmatch(path.name) and path.is_file() and not path.stat().st_size:
-        return  # an empty note is no sign of damage
-    check_regular(path, CheckpointError)
-    to.unlink(missing_ok=True)  # what a killed writer left may have a mode that forbids writing
-    shutil.copy(path, to)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(printable(text), stacklevel=3)
-
-
-def _is_written_anew(name: str) -> bool:
-    """Configs, weights, what describes them, and what git and hf leave (it starts with a dot)."""
-    described = ("config.json", INDEX, HEADS_MANIFEST, QUANTIZE_CONFIG)
-    return name in described or name.startswith(".") or name.endswith(".safetensors")
-
-
-def _leads_out(path: Path) -> bool:
-    """Whether a link leads neither into its own directory nor to the blobs of the same cache."""
-    directory, target = path.parent.resolve(), path.resolve()
-    cache = directory.parent.parent / "blobs"  # models--NAME/snapshots/REVISION and blobs
-    in_cache = directory.parent.name == "snapshots" and target.parent == cache
-    return not target.is_relative_to(directory) and not in_cache
-
-
-def _is_companion(name: str) -> bool:
-    return bool(_COMPANION.fullmatch(name) or _PROSE.fullmatch(name))
 
 
 def _specs(config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorSpec]:
@@ -311,7 +247,7 @@ def _may_be_replaced(path: Path, extra_files: Collection[str]) -> bool:
     """A file that a checkpoint has, or one that is written anew."""
     name = path.name
     weights = name in ("config.json", INDEX, HEADS_MANIFEST) or is_weight_file(name)
-    return path.is_file() and (weights or name in extra_files or _is_companion(name))
+    return is_companion(path) or (path.is_file() and (weights or name in extra_files))
 
 
 def _entries(destination: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minqwen.checkpoint.writer import copy_companions
+from minqwen.checkpoint.companions import copy_companions
 from minqwen.errors import HeadsError
 from minqwen.files import check_regular, quoted, read_json_object, replacing_directory
 from minqwen.heads.layout import Layout

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minqwen.checkpoint.companions import HEADS_MANIFEST
 from minqwen.checkpoint.reader import WeightDirectory
-from minqwen.checkpoint.writer import HEADS_MANIFEST
 from minqwen.checks import mapping, one_of
 from minqwen.config import ModelConfig
 from minqwen.errors import HeadsError, MinqwenError

@@ -112,3 +112,36 @@ def test_a_checkpoint_with_nothing_else_is_copied_without_a_word(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write(tmp_path / "b", sources=tmp_path / "a")
+
+
+def test_named_chat_templates_are_companions_too(tmp_path):
+    write(tmp_path / "a")
+    templates = tmp_path / "a" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("rag")
+    (templates / "notes.txt").write_text("mine")
+    write(tmp_path / "b", sources=tmp_path / "a")
+    copied = tmp_path / "b" / "additional_chat_templates"
+    assert [path.name for path in copied.iterdir()] == ["rag.jinja"]
+    write(tmp_path / "b", seed=1, sources=tmp_path / "a", overwrite=True)
+    (copied / "notes.txt").write_text("mine")
+    refusal(lambda: write(tmp_path / "b", sources=tmp_path / "a", overwrite=True), "additional")
+    assert (copied / "notes.txt").read_text() == "mine"
+
+
+def test_named_chat_templates_elsewhere_are_not_followed(tmp_path):
+    write(tmp_path / "a")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "secret.jinja").write_text("key")
+    templates = tmp_path / "a" / "additional_chat_templates"
+    templates.symlink_to(elsewhere)
+    with pytest.warns(UserWarning, match="is a link to .*elsewhere"):
+        write(tmp_path / "b", sources=tmp_path / "a")
+    templates.unlink()
+    templates.mkdir()
+    (templates / "rag.jinja").symlink_to(elsewhere / "secret.jinja")
+    with pytest.warns(UserWarning, match="is a link to .*secret"):
+        write(tmp_path / "c", sources=tmp_path / "a")
+    assert not (tmp_path / "b" / "additional_chat_templates").exists()
+    assert not list((tmp_path / "c" / "additional_chat_templates").iterdir())

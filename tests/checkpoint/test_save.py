@@ -48,6 +48,17 @@ def test_a_model_that_is_saved_onto_its_own_directory_keeps_what_lies_there(own,
     assert_trained(own, was)
 
 
+def test_links_and_named_templates_of_its_own_directory_stay_too(own, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "merges.txt").write_text("a b")
+    (own / "merges.txt").symlink_to("../shared/merges.txt")
+    (own / "additional_chat_templates").mkdir()
+    (own / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    trained(own).save_pretrained(own, overwrite=True)
+    assert os.readlink(own / "merges.txt") == "../shared/merges.txt"
+    assert (own / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
+
+
 def test_with_other_sources_nothing_of_what_lies_there_is_kept(own, tmp_path):
     was = Checkpoint(own).read("model.norm.weight")
     write(tmp_path / "other")
