@@ -54,9 +54,11 @@ def products_of(model, ids):
     return products.calls
 
 
+@pytest.mark.parametrize("threads", [1, 2], ids=lambda n: f"threads{n}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_few_tokens_are_transformers_in_every_bit(shape, dtype):
+def test_few_tokens_are_transformers_in_every_bit(shape, dtype, threads):
+    torch.set_num_threads(threads)
     for group in (1, 2, 3, 4, 5, 6, 7, 8):
         hf = cast(narrow(shape, group), dtype)
         model = ours(hf)
