@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import glob
+import io
 import json
 import os
 import re
@@ -77,25 +78,9 @@ def check_directory(path: Path, error: type[MinqwenError]) -> None:
 
 
 def check_regular(path: Path, error: type[MinqwenError]) -> Stamp:
-    """Raise `error` unless `path` is a regular file that holds something, or a link to one.
-
-    The kind of file is asked before the file is opened: opening a FIFO blocks, and opening a device
-    may do anything. Links are followed, because Hugging Face's cache is made of them.
-    """
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            text = "is not a regular file, expected the file itself or a link to it"
-            raise _bad(path, f"{text}; put the file there", error)
-        with open(path, "rb") as file:
-            start = file.read(len(GIT_LFS))
-    except OSError as e:
-        raise _unreadable(path, e, error) from None
-    if not start:
-        raise _bad(path, "is empty (0 bytes), expected the whole file; fetch it again", error)
-    if start == GIT_LFS:
-        text = f"is a git-lfs pointer of {found.st_size} bytes, expected the file itself"
-        raise _bad(path, f"{text}; run `git lfs pull`", error)
+    """Raise `error` unless `path` is a regular file that holds something, or a link to one."""
+    with _opened(path, error) as (file, found):
+        _check_start(path, file.read(len(GIT_LFS)), found, error)
     return Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
@@ -104,20 +89,63 @@ def check_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FI
 
     For files that a library opens by their path; our own code calls read_small and its kin.
     """
-    size = check_regular(path, error).size
-    if size > limit:
-        text = f"is {size} bytes long, expected at most {limit}; fetch it again"
-        raise _bad(path, text, error)
+    _check_size(path, check_regular(path, error).size, limit, error)
 
 
 def read_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FILE) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes, read once."""
-    check_small(path, error, limit)
+    """The bytes of a regular file of at most `limit` bytes, opened and read once."""
+    with _opened(path, error) as (file, found):
+        _check_size(path, found.st_size, limit, error)
+        data = file.read(limit + 1)
+    _check_start(path, data[: len(GIT_LFS)], found, error)
+    _check_size(path, len(data), limit, error)  # it may have grown meanwhile
+    return data
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path, error: type[MinqwenError]
+) -> Iterator[tuple[io.BufferedReader, os.stat_result]]:
+    """A regular file, open for reading, and what it is.
+
+    The kind of file is asked before it is opened: opening a FIFO blocks, and opening a device may
+    do anything. It is asked again of what was opened, which may be another file by then; so it is
+    opened without waiting. Links are followed, because Hugging Face's cache is made of them.
+    """
     try:
-        with open(path, "rb") as file:
-            return file.read(limit)
+        _check_kind(path, path.stat(), error)
+        with open(path, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            _check_kind(path, found, error)
+            yield file, found
     except OSError as e:
         raise _unreadable(path, e, error) from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_kind(path: Path, found: os.stat_result, error: type[MinqwenError]) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        text = "is not a regular file, expected the file itself or a link to it"
+        raise _bad(path, f"{text}; put the file there", error)
+
+
+def _check_start(
+    path: Path, start: bytes, found: os.stat_result, error: type[MinqwenError]
+) -> None:
+    if not start:
+        raise _bad(path, "is empty (0 bytes), expected the whole file; fetch it again", error)
+    if start == GIT_LFS:
+        text = f"is a git-lfs pointer of {found.st_size} bytes, expected the file itself"
+        raise _bad(path, f"{text}; run `git lfs pull`", error)
+
+
+def _check_size(path: Path, size: int, limit: int, error: type[MinqwenError]) -> None:
+    if size > limit:
+        text = f"is {size} bytes long, expected at most {limit}; fetch it again"
+        raise _bad(path, text, error)
 
 
 def read_text(path: Path, error: type[MinqwenError]) -> str:

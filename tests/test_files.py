@@ -90,6 +90,23 @@ def test_what_is_not_a_file_with_contents_is_refused_before_it_is_read(make, wor
     assert text.startswith(f"{tmp_path}/odd\\nname: ") and words in text and "expected" in text
 
 
+@pytest.mark.parametrize("read", [read_small, check_regular])
+def test_a_file_that_becomes_a_fifo_before_it_is_opened_does_not_hang(tmp_path, monkeypatch, read):
+    os.mkfifo(tmp_path / "a")
+    (tmp_path / "b").write_text("text")
+    before = os.stat(tmp_path / "b")
+    monkeypatch.setattr(Path, "stat", lambda path: before)
+    assert "is not a regular file" in refusal(ConfigError, read, tmp_path / "a", ConfigError)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("12345")
+    (tmp_path / "b").write_text("1234")
+    before = os.stat(tmp_path / "b")
+    monkeypatch.setattr(os, "fstat", lambda descriptor: before)
+    assert "expected at most 4" in refusal(ConfigError, read_small, tmp_path / "a", ConfigError, 4)
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     path = tmp_path / "big.json"
     with open(path, "wb") as file:
