@@ -1,10 +1,11 @@
 """Is checkpoint B the same model as checkpoint A, with other heads? If not, where and why not?
 
-Three examinations. verify_configs.py compares what no weight shows. `inspect_heads` reads the
-weights: which head of A each slot of B holds, which keys it reads, and what its o_proj columns add
-up to. These are the three rules of heads/layout.py, and what breaks one is named. `compare_models`
-runs both models and measures B's error in units of A's own (lab/compare.py). No threshold is
-guessed. B is the same model only if no examination says otherwise.
+Four examinations. verify_configs.py compares what no weight shows. `inspect_heads` reads the
+attention's weights: which head of A each slot of B holds, which keys it reads, and what its o_proj
+columns add up to. These are the three rules of heads/layout.py, and what breaks one is named.
+verify_rest.py compares all other weights. `compare_models` runs both models and measures B's error
+in units of A's own (lab/compare.py). No threshold is guessed. B is the same model only if no
+examination says otherwise.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from minqwen.lab.compare import (
     same_greedy_text,
 )
 from minqwen.lab.verify_configs import differing_settings, not_exposed
+from minqwen.lab.verify_rest import differing_weights, not_compared
 from minqwen.model import Qwen2
 from minqwen.model.qwen2 import make_arithmetic
 from minqwen.parallel import SINGLE
@@ -272,7 +274,7 @@ def _all(layers: Iterable[Iterable[int]]) -> list[int]:
 
 @dataclass
 class Report:
-    """What the three examinations found.
+    """What the examinations found.
 
     outputs: the verdict on the logits alone. error_a, error_b: root mean square of the logits'
     errors against float64; error_a is that of a faithful implementation of A. units: error_b /
@@ -300,7 +302,7 @@ class Report:
     attention_macs: dict[int, float]
     layers: list[LayerMap] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)  # by which the configs mean two functions
-    problems: list[str] = field(default_factory=list)  # rules that B's weights break
+    problems: list[str] = field(default_factory=list)  # what is wrong with B's weights
     not_exposed: list[str] = field(default_factory=list)  # what the outputs cannot show
 
     @property
@@ -453,7 +455,7 @@ def _head_errors(runs: Runs, layer: LayerMap, heads: int) -> list[float]:
 def verify_checkpoints(
     a: Checkpoint, b: Checkpoint, ids: Tensor, dtype: torch.dtype, arithmetic: str
 ) -> Report:
-    """Both examinations of two checkpoints, on ids [B, T], in one dtype and arithmetic.
+    """All examinations of two checkpoints, on ids [B, T], in one dtype and arithmetic.
 
     They must be equal in `differing_sizes`. What `arithmetic` cannot compute is refused first.
     """
@@ -468,7 +470,8 @@ def verify_checkpoints(
         maps,
     )
     report.settings = differing_settings(a, b)
-    report.not_exposed = not_exposed(a.config, ids, dtype)
+    report.problems += differing_weights(a, b)
+    report.not_exposed = not_exposed(ids, dtype) + not_compared(a, b)
     return report
 
 
