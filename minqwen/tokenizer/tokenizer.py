@@ -58,7 +58,12 @@ class IncrementalDecoder:
             token = self._tokenizer.token_bytes(id)
             if int(id) not in self._skipped:
                 new.append(self._without_invented_space(token))
-        return self._utf8.decode(b"".join(new))
+        text = self._utf8.decode(b"".join(new))
+        # Python waits for a third byte after half of a surrogate, though none can complete it.
+        pending = self._utf8.getstate()[0]
+        if pending[:1] == b"\xed" and pending[1:] >= b"\xa0":
+            text += self._utf8.decode(b"", final=True)
+        return text
 
     def left_out(self, id: int) -> str:
         """The text of a special token that `push` leaves out; "" for any other token."""

@@ -267,7 +267,7 @@ def test_a_wrong_field_of_yarn_made_by_hand_is_refused():
         (b"null", "the top level is None"),
         (b'{"a": 1, "a": 2}', "the key 'a' appears more than once"),
         (b"\xff\xfe{}", "is not valid JSON"),
-        (b'\xef\xbb\xbf{"a": 1}', "is not valid JSON"),
+        (b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}', "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
         (b'{"a": ' + b"1" * 10_000 + b"}", "is not valid JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run `git lfs pull`"),

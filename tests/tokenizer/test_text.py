@@ -20,6 +20,7 @@ from support.tokenizer import (
 
 from minqwen.errors import TokenizerError
 from minqwen.tokenizer import Tokenizer
+from minqwen.tokenizer.backends import ByteLevelBPE
 
 
 def test_a_text_becomes_ids_and_the_ids_become_the_text(qwen):
@@ -127,6 +128,15 @@ def test_incremental_decoding_gives_the_same_text_as_soon_as_it_is_certain(
         )  # nor is more than that kept
     assert text + decoder.flush() == whole
     assert decoder.push(64) + decoder.flush() == "a"  # ready for another text
+
+
+def test_bytes_that_no_later_byte_completes_do_not_wait(qwen):
+    """Half of a surrogate, 0xED 0xA0, is where Python's own decoder waits for nothing."""
+    byte = {value: qwen.token_to_id(symbol) for symbol, value in ByteLevelBPE.alphabet.items()}
+    decoder = qwen.decoder()
+    assert decoder.push(byte[0xED]) == "" and decoder.push(byte[0xA0]) == "\ufffd\ufffd"
+    assert decoder.push([byte[0xED], byte[0xBF], byte[0xBF]]) == "\ufffd" * 3
+    assert decoder.push([byte[0xED], byte[0x9F]]) == "" and decoder.push(byte[0xBF]) == "\ud7ff"
 
 
 def test_half_characters_wait(qwen):
