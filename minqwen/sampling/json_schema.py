@@ -35,6 +35,10 @@ LARGEST = {"exclusiveMinimum": 2**53, "exclusiveMaximum": 2**53, "minimum": 2**6
 LARGEST_EXPONENT = 22
 DIGITS = 15  # that any double holds
 ROOT = "structured_outputs.json#"
+LETTERS = r"\p{L}\p{M}\p{N}\p{Pc}"  # no fewer than Python's \w
+WIDER = {r"\w": LETTERS, r"\d": r"\p{Nd}"}
+NARROWER = {r"\W": f"[^{LETTERS}]", r"\D": r"\P{Nd}"}
+DEL = re.compile(r"\x7f|\\x7f|\\u007f", re.IGNORECASE)
 TOO_DEEP = "{} is nested too deeply: give it fewer levels"
 FORMATS = ("date", "email", "ipv4", "ipv6", "uuid")  # that jsonschema checks by itself
 
@@ -85,6 +89,7 @@ def _check_schema(schema: Any, where: str) -> None:
     _check_values(schema, where)
     _check_bounds(schema, where)
     _check_min_properties(schema, where)
+    _check_patterns(schema, where)
     for part_where, part in parts(schema, where):
         _check_schema(part, part_where)
 
@@ -147,6 +152,17 @@ def _check_min_properties(schema: dict[str, Any], where: str) -> None:
     if isinstance(fewest, int) and fewest > max(1, sure):
         expected = "at most 1, or the number of required names (other names could repeat)"
         raise _wrong(at(where, "minProperties"), fewest, expected)
+
+
+def _check_patterns(schema: dict[str, Any], where: str) -> None:
+    """The grammar writes no DEL, and takes a pattern that asks for one as if it did not."""
+    patterns = {at(where, "pattern"): schema.get("pattern")}
+    for name in schema.get("patternProperties", {}):
+        patterns[at(where, "patternProperties", name)] = name
+    for pattern_where, pattern in patterns.items():
+        if isinstance(pattern, str) and DEL.search(pattern):
+            text = f"{pattern_where}: holds DEL, which cannot be written: leave it out"
+            raise SamplingError(printable(text))
 
 
 def parts(schema: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -217,11 +233,11 @@ def _same_text(schema: dict[str, Any], where: str, root: str) -> Iterator[str]:
 
 
 def for_grammar(schema: Any) -> Any:
-    """The schema as llguidance shall have it: without some exclusive bounds at an integer.
+    """The schema as llguidance shall have it. It writes a little less then, and nothing wrong.
 
     Of a number above 1 and at most 1.5 llguidance 1.9 accepts 1, and in the same way -1 of one
     below -1. Instead of "above 1" the grammar gets "at least 1.00000000000001", and instead of
-    "above 0" "at least 1e-22": it writes a little less, and nothing that does not fit.
+    "above 0" "at least 1e-22". Patterns become what `narrowed` makes of them.
     """
     if not isinstance(schema, dict):
         return schema
@@ -237,11 +253,34 @@ def for_grammar(schema: Any) -> Any:
 
 
 def _part_for_grammar(word: str, value: Any) -> Any:
+    if word == "pattern":
+        return narrowed(value)
+    if word == "patternProperties":
+        return {narrowed(pattern): for_grammar(part) for pattern, part in value.items()}
     if word in BY_NAME:
         return {name: for_grammar(part) for name, part in value.items()}
     if word in ONE_BY_ONE:
         return [for_grammar(part) for part in value]
     return for_grammar(value) if word in SINGLE else value
+
+
+def narrowed(pattern: str) -> str:
+    """A regex whose \\W and \\D, and [^\\w] and [^\\d], match no letter or digit beyond ASCII.
+
+    In JSON Schema, and for llguidance, \\w and \\d are ASCII; in Python, and for jsonschema, they
+    are not. What the narrowed pattern matches both call a match.
+    """
+    pieces, in_class, negated = list[str](), False, False
+    for piece in re.findall(r"\\.|\[\^?|\]|.", pattern, re.DOTALL):
+        if in_class and negated:
+            pieces.append(WIDER.get(piece, piece))
+        else:
+            pieces.append(NARROWER.get(piece, piece))
+        if piece == "]":
+            in_class = False
+        elif piece[0] == "[" and not in_class:
+            in_class, negated = True, piece == "[^"
+    return "".join(pieces)
 
 
 def _next_above(number: int) -> float:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minqwen.checks import wrong
@@ -149,19 +150,31 @@ class ConstraintCompiler:
     def constraint(self, spec: StructuredOutputs, stop_token_ids: Sequence[int] = ()) -> Constraint:
         """A constraint at the beginning of a text. Raises SamplingError if the grammar is bad."""
         check = self._check(spec)
-        grammar = self._grammar(spec)
+        where = f"structured_outputs.{'json' if spec.json_object else spec.kind}"
+        try:
+            matcher, why = self._matcher(self._grammar(spec))
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # llguidance's; it is no Exception
+                raise
+            matcher, why = None, f"llguidance fails: {error}"
+        if matcher is None:
+            raise SamplingError(f"{where}: {' '.join(why.split())[:300]}")
+        constraint = Constraint(
+            matcher, self.vocab_size, (*self.eos_token_ids, *stop_token_ids), check
+        )
+        if not constraint.allowed().any():
+            raise SamplingError(f"{where}: no text fits, not even its first token can be written")
+        return constraint
+
+    def _matcher(self, grammar: str) -> tuple[LLMatcher | None, str]:
+        """A matcher at the beginning of a text, or None and why there is none."""
         is_wrong, messages = self.matcher_class.validate_grammar_with_warnings(
             grammar, self.tokenizer
         )
+        if is_wrong:
+            return None, messages[0]
         matcher = self.matcher_class(self.tokenizer, grammar, log_level=0)
-        where = f"structured_outputs.{'json' if spec.json_object else spec.kind}"
-        if is_wrong or matcher.is_error():
-            why = " ".join((messages[0] if is_wrong else matcher.get_error()).split())
-            raise SamplingError(f"{where}: {why[:300]}")
-        end_ids = (*self.eos_token_ids, *stop_token_ids)
-        if not any(matcher.compute_bitmask()):
-            raise SamplingError(f"{where}: no text fits, not even its first token can be written")
-        return Constraint(matcher, self.vocab_size, end_ids, check)
+        return (None, matcher.get_error()) if matcher.is_error() else (matcher, "")
 
     def _check(self, spec: StructuredOutputs) -> Callable[[str], None]:
         """What a finished text must pass. Raises SamplingError for a schema that is wrong."""
@@ -267,13 +280,17 @@ class Constraint:
 
     def mask(self) -> Tensor:
         """bool [V] on the CPU, True where a token may come next."""
+        return torch.from_numpy(self.allowed())
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """The same for numpy."""
         allowed = np.zeros(self.vocab_size, bool)
         if not self.ended and not self.matcher.is_stopped():
             self.matcher.unsafe_compute_mask_ptr(self.bits.ctypes.data, self.bits.nbytes)
             bits = np.unpackbits(self.bits.view(np.uint8), count=self.vocab_size, bitorder="little")
             allowed = bits.view(bool)
         allowed[self.end_ids] = self.matcher.is_accepting()
-        return torch.from_numpy(allowed)
+        return allowed
 
     def accept(self, token: int) -> None:
         """Go on past a token. Raises SamplingError for one that the mask does not allow."""

@@ -130,6 +130,18 @@ DECLARED = {"x1": {"type": "integer"}, "b": {"type": "null"}}
         ({"patternProperties": {"^[\x01-\x03]$": {}}}, "]$: no name is left"),
         ({"properties": {"a": {"pattern": "^\x01$"}}}, "#/properties/a/pattern: no string fits"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "#/$defs/a: its $ref leads"),
+        (
+            {"type": "string", "allOf": [{"pattern": "^[\x01-\x03]"}, {"pattern": "^.$"}]},
+            "json#/allOf/0/pattern: no string fits",
+        ),
+        (
+            {"type": "string", "allOf": [{"pattern": "^[\x01a]$"}, {"pattern": "^[\x01b]$"}]},
+            "json: no text fits",
+        ),
+        ({"pattern": r"^a\x7f?"}, "/pattern: holds DEL, which"),
+        ({"patternProperties": {r"[\u007F]": {}}}, "patternProperties/[\\u007F]: holds DEL, which"),
+        ({"pattern": "^\x7f"}, "/pattern: holds DEL, which"),
+        ({"pattern": r"^(\D(?:\x01)*|[\x00-\x20])"}, "llguidance fails: called `Option"),
         ({"anyOf": [{"$ref": "#"}]}, "json#: its $ref leads back to itself"),
         (
             {
@@ -142,6 +154,8 @@ DECLARED = {"x1": {"type": "integer"}, "b": {"type": "null"}}
 )
 def test_what_would_leave_no_token_is_refused_with_its_place(writer, schema, where):
     schema = {"type": "object", "additionalProperties": False, **schema}
+    if "pattern" in schema:
+        schema["type"] = "string"
     with pytest.raises(SamplingError) as error:
         writer.begin(schema)
     assert where in str(error.value) and "\n" not in str(error.value)
@@ -187,6 +201,30 @@ def test_a_schema_may_be_deep_or_is_refused_in_one_line(writer, word, depth):
         writer.begin(schema)
     except SamplingError as error:
         assert depth > 100 and len(str(error)) < 400 and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "pattern, fits, others",
+    [
+        (r"^\W$", "!", "é"),
+        (r"^[\W]$", "!", "éa"),
+        (r"^[^\w]$", "!", "éa"),
+        (r"^\D$", "aé", "7٣"),
+        (r"^[^\d]$", "aé", "7٣"),
+        (r"^\w\d?$", "a_7", "é!"),
+        (r"^[\\W]$", "\\W", "w!"),
+        (r"^\\W$", "", "w!"),
+    ],
+)
+def test_letters_beyond_ascii_are_letters_for_python_and_none_for_the_grammar(
+    writer, pattern, fits, others
+):
+    """JSON Schema's \\w is ASCII, Python's is not. What is written satisfies both."""
+    schema = {"type": "string", "pattern": pattern}
+    texts = [json.dumps(mark, ensure_ascii=False) for mark in fits + others]
+    assert writer.lets_through(schema, *texts) == texts[: len(fits)]
+    for text in texts[: len(fits)]:
+        text_check(schema)(text)
 
 
 # ---- whatever the schema ------------------------------------------------------------------------
