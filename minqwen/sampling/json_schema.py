@@ -36,9 +36,13 @@ LARGEST_EXPONENT = 22
 DIGITS = 15  # that any double holds
 ROOT = "structured_outputs.json#"
 LETTERS = r"\p{L}\p{M}\p{N}\p{Pc}"  # no fewer than Python's \w
-WIDER = {r"\w": LETTERS, r"\d": r"\p{Nd}"}
-NARROWER = {r"\W": f"[^{LETTERS}]", r"\D": r"\P{Nd}"}
+PIECES = re.compile(r"\\.|\[(\^?)(\]?(?:\\.|[^\]\\])*)\]", re.DOTALL)  # an escape, or a class
+ESCAPES = re.compile(r"\\.|\[", re.DOTALL)
+OUTSIDE = {r"\W": rf"[^{LETTERS}\x00]", r"\D": r"[^\p{Nd}\x00]"}
+IN_CLASS = {**OUTSIDE, "[": r"\["}
+IN_NEGATED = {r"\w": LETTERS, r"\d": r"\p{Nd}", "[": r"\["}
 DEL = re.compile(r"\x7f|\\x7f|\\u007f", re.IGNORECASE)
+POSSESSIVE = re.compile(r"[*+?}]\+")
 TOO_DEEP = "{} is nested too deeply: give it fewer levels"
 FORMATS = ("date", "email", "ipv4", "ipv6", "uuid")  # that jsonschema checks by itself
 
@@ -155,14 +159,22 @@ def _check_min_properties(schema: dict[str, Any], where: str) -> None:
 
 
 def _check_patterns(schema: dict[str, Any], where: str) -> None:
-    """The grammar writes no DEL, and takes a pattern that asks for one as if it did not."""
+    """Refuses what llguidance reads otherwise than Python.
+
+    It writes no DEL, but leaves it out of a pattern. A possessive quantifier, which JSON Schema has
+    not, repeats a repetition.
+    """
     patterns = {at(where, "pattern"): schema.get("pattern")}
     for name in schema.get("patternProperties", {}):
         patterns[at(where, "patternProperties", name)] = name
     for pattern_where, pattern in patterns.items():
+        what = ""
         if isinstance(pattern, str) and DEL.search(pattern):
-            text = f"{pattern_where}: holds DEL, which cannot be written: leave it out"
-            raise SamplingError(printable(text))
+            what = "DEL, which cannot be written"
+        elif isinstance(pattern, str) and POSSESSIVE.search(PIECES.sub("x", pattern)):
+            what = "a possessive quantifier, which JSON Schema has not"
+        if what:
+            raise SamplingError(printable(f"{pattern_where}: holds {what}: leave it out"))
 
 
 def parts(schema: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -265,22 +277,23 @@ def _part_for_grammar(word: str, value: Any) -> Any:
 
 
 def narrowed(pattern: str) -> str:
-    """A regex whose \\W and \\D, and [^\\w] and [^\\d], match no letter or digit beyond ASCII.
+    """A regex that llguidance and Python's re read alike, or that matches a little less.
 
     In JSON Schema, and for llguidance, \\w and \\d are ASCII; in Python, and for jsonschema, they
-    are not. What the narrowed pattern matches both call a match.
+    are not. So \\W, \\D, [^\\w] and [^\\d] match no letter or digit beyond ASCII any more. And no
+    class has the character 0, which nobody can write in JSON: one with all 32 control characters is
+    for llguidance one with quote and backslash too. In a class, "[" stands for itself.
     """
-    pieces, in_class, negated = list[str](), False, False
-    for piece in re.findall(r"\\.|\[\^?|\]|.", pattern, re.DOTALL):
-        if in_class and negated:
-            pieces.append(WIDER.get(piece, piece))
-        else:
-            pieces.append(NARROWER.get(piece, piece))
-        if piece == "]":
-            in_class = False
-        elif piece[0] == "[" and not in_class:
-            in_class, negated = True, piece == "[^"
-    return "".join(pieces)
+    return PIECES.sub(_narrowed_piece, pattern)
+
+
+def _narrowed_piece(piece: re.Match[str]) -> str:
+    if piece[0][0] == "\\":
+        return OUTSIDE.get(piece[0], piece[0])
+    sign, members = piece.groups()
+    spelled = IN_NEGATED if sign else IN_CLASS
+    members = ESCAPES.sub(lambda found: spelled.get(found[0], found[0]), members)
+    return f"[[{sign}{members}]--\\x00]"
 
 
 def _next_above(number: int) -> float:

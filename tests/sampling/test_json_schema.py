@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 from support.structured import END, Writer, byte_tokenizer
 
 from minqwen.errors import SamplingError
@@ -141,7 +143,7 @@ DECLARED = {"x1": {"type": "integer"}, "b": {"type": "null"}}
         ({"pattern": r"^a\x7f?"}, "/pattern: holds DEL, which"),
         ({"patternProperties": {r"[\u007F]": {}}}, "patternProperties/[\\u007F]: holds DEL, which"),
         ({"pattern": "^\x7f"}, "/pattern: holds DEL, which"),
-        ({"pattern": r"^(\D(?:\x01)*|[\x00-\x20])"}, "llguidance fails: called `Option"),
+        ({"pattern": "^(?:ab){2}+$"}, "/pattern: holds a possessive quantifier"),
         ({"anyOf": [{"$ref": "#"}]}, "json#: its $ref leads back to itself"),
         (
             {
@@ -159,6 +161,25 @@ def test_what_would_leave_no_token_is_refused_with_its_place(writer, schema, whe
     with pytest.raises(SamplingError) as error:
         writer.begin(schema)
     assert where in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_panic_of_llguidance_is_told_in_one_line(writer, monkeypatch):
+    panic = type("PanicException", (BaseException,), {})  # pyo3's is no Exception either
+
+    def fails(*_):
+        raise panic("called `Option::unwrap()`\non a `None` value")
+
+    fake = SimpleNamespace(
+        grammar_from_json_schema=LLMatcher.grammar_from_json_schema,
+        validate_grammar_with_warnings=fails,
+    )
+    monkeypatch.setattr(writer.compiler, "matcher_class", fake)
+    with pytest.raises(SamplingError) as error:
+        writer.begin({"type": "null"})
+    expected = (
+        "structured_outputs.json: llguidance fails: called `Option::unwrap()` on a `None` value"
+    )
+    assert str(error.value) == expected
 
 
 def test_patterns_beside_declared_names_are_fine_while_other_names_are_left(writer):
@@ -220,6 +241,33 @@ def test_letters_beyond_ascii_are_letters_for_python_and_none_for_the_grammar(
     writer, pattern, fits, others
 ):
     """JSON Schema's \\w is ASCII, Python's is not. What is written satisfies both."""
+    schema = {"type": "string", "pattern": pattern}
+    texts = [json.dumps(mark, ensure_ascii=False) for mark in fits + others]
+    assert writer.lets_through(schema, *texts) == texts[: len(fits)]
+    for text in texts[: len(fits)]:
+        text_check(schema)(text)
+
+
+@pytest.mark.parametrize(
+    "pattern, fits, others",
+    [
+        (r'^[^"]$', "a\n\\", '"'),
+        (r"^[^\\]$", 'a\n"', "\\"),
+        (r"^[\x00-\x20]$", "\n\b ", '"\\a'),
+        (r"^[\u0000-\u001f!]$", "\n!", '"\\a'),
+        (r"^[^\S]$", "\n ", '"a'),
+        (r"^[^\W]$", "a_", '"\n'),
+        (r"^[^]a]$", 'b["', "a]"),
+        (r"^[]a]$", "a]", '"['),
+        (r"^[a[]$", "a[", '"]'),
+        (r"^[\]\[]$", "][", '"\\'),
+        (r"^[\s\S]$", 'a"\n\\', ""),
+        (r"^.$", 'a"\\\t', "\n"),
+        (r"^\++$|^[+*]+$", "+*", "a"),
+    ],
+)
+def test_a_class_with_all_control_characters_lets_no_quote_through(writer, pattern, fits, others):
+    """llguidance writes such a class as if quote and backslash were in it."""
     schema = {"type": "string", "pattern": pattern}
     texts = [json.dumps(mark, ensure_ascii=False) for mark in fits + others]
     assert writer.lets_through(schema, *texts) == texts[: len(fits)]
