@@ -26,15 +26,15 @@ from minqwen import LLM, Checkpoint, SamplingParams
 from minqwen.checks import did_you_mean
 from minqwen.cli import Parser, is_first_rank, model_flags, model_options, run, share_text
 from minqwen.config import GenerationDefaults
-from minqwen.engine.outputs import RequestOutput
+from minqwen.engine.outputs import Delta, RequestOutput
 from minqwen.engine.sizing import EngineOptions
 from minqwen.errors import MinqwenError
+from minqwen.sampling.logprobs import Logprob
 
 SAMPLING_FLAGS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("stop", "logprobs"),
+    *("stop", "logprobs", "max_tokens"),
 )
-
 
 CHAT_COMMANDS = ("/help", "/clear", "/system", "/quit")
 CHAT_HELP = """/clear         forget what was said, but not the system message
@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     group.add_argument(
         "--block-size", type=int, default=16, metavar="N", help="tokens per block of the cache"
     )
+    group.add_argument("--echo", action="store_true", help="print each prompt before its text")
     group.add_argument("--json", action="store_true", help="one JSON object per prompt on stdout")
     group.add_argument(
         "--no-stream", action="store_true", help="print each completion when it is whole"
@@ -92,7 +93,10 @@ def prompt_flags(parser: argparse.ArgumentParser) -> None:
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="most new tokens (default 256)"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="most new tokens (default: what generation_config.json says, else 256)",
     )
     group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
     group.add_argument("--top-p", type=float, metavar="X")
@@ -112,15 +116,20 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Of all sources. None is left only for a conversation, on a terminal."""
     prompts = [*(text for text in args.text if text != "-"), *args.prompt]
     if "" in prompts:
         raise MinqwenError("a prompt is empty: expected some text")
     if args.prompt_file:
         prompts += read_prompt_file(Path(args.prompt_file))
-    nothing_given = not (prompts or args.prompt_file or sys.stdin.isatty())
-    if "-" in args.text or nothing_given:
+    on_a_terminal = sys.stdin.isatty()
+    if "-" in args.text or not (args.prompt_file or prompts or on_a_terminal):
         prompts.append(sys.stdin.read())
-    return prompts
+    if prompts or (args.chat and on_a_terminal):
+        return prompts
+    raise MinqwenError(
+        "no prompt: give a TEXT, --prompt-file F, or - for standard input (see --help)"
+    )
 
 
 def read_prompt_file(path: Path) -> list[str]:
@@ -157,9 +166,7 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
     flags = {name: getattr(args, name) for name in SAMPLING_FLAGS}
     given = {name: value for name, value in flags.items() if value is not None}
     EngineOptions(max_model_len=args.max_model_len, block_size=args.block_size).check(config)
-    return SamplingParams.from_defaults(
-        defaults, max_tokens=args.max_tokens, ignore_eos=args.ignore_eos, **given
-    )
+    return SamplingParams.from_defaults(defaults, ignore_eos=args.ignore_eos, **given)
 
 
 def as_json(output: RequestOutput, prompt: str) -> str:
@@ -184,33 +191,46 @@ def as_json(output: RequestOutput, prompt: str) -> str:
     return json.dumps(found, ensure_ascii=False)
 
 
+def show(text: str, end: str = "\n") -> None:
+    """On stdout, from rank 0."""
+    if is_first_rank():
+        print(text, end=end, flush=True)
+
+
+def say(text: str) -> None:
+    """On stderr, from rank 0."""
+    if is_first_rank():
+        print(text, file=sys.stderr, flush=True)
+
+
 def report(output: RequestOutput) -> None:
     """Sizes and speed, and a line for each token with logprobs, on stderr."""
     completion, metrics = output.outputs[0], output.metrics
     count = len(completion.token_ids)
     speed = metrics.tokens_per_second(count)
     then = f", then {speed:.1f} tokens/s" if speed else ""
-    print(
+    say(
         f"[{len(output.prompt_token_ids)} + {count} tokens, first after "
-        f"{metrics.time_to_first_token or 0.0:.2f} s{then}, {completion.finish_reason}]",
-        file=sys.stderr,
+        f"{metrics.time_to_first_token or 0.0:.2f} s{then}, {completion.finish_reason}]"
     )
     for token, entries in zip(completion.token_ids, completion.logprobs or ()):
-        chosen = entries[token]
-        others = (entry for i, entry in entries.items() if i != token)
-        best = "  ".join(f"{entry.decoded_token!r} {entry.logprob:.4f}" for entry in others)
-        print(f"  {chosen.decoded_token!r} {chosen.logprob:.4f}   {best}", file=sys.stderr)
+        say(logprobs_line(token, entries))
 
 
-def complete_streaming(llm: LLM, prompt: Any, params: SamplingParams, speak: bool) -> RequestOutput:
-    """Run one prompt and print its text as it comes. Returns its output."""
-    output = None
+def logprobs_line(token: int, entries: dict[int, Logprob]) -> str:
+    """The chosen token, and the others that were likely."""
+    chosen = entries[token]
+    others = (entry for i, entry in entries.items() if i != token)
+    best = "  ".join(f"{entry.decoded_token!r} {entry.logprob:.4f}" for entry in others)
+    return f"  {chosen.decoded_token!r} {chosen.logprob:.4f}   {best}"
+
+
+def shown_deltas(llm: LLM, prompt: Any, params: SamplingParams) -> Iterator[Delta]:
+    """Run one prompt, and show its text as it comes."""
     for delta in llm.stream_deltas(prompt, params):
-        output = delta.output
-        if speak:
-            print(delta.text, end="" if output is None else "\n", flush=True)
-    assert output is not None, "the last delta of a stream has the output"
-    return output
+        show(delta.text, end="")
+        yield delta
+    show("")
 
 
 class Conversation:
@@ -219,7 +239,6 @@ class Conversation:
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
         assert llm.tokenizer is not None
         self.llm, self.params, self.tokenizer = llm, params, llm.tokenizer
-        self.speak = llm.mesh.rank == 0
         self.interruptible = llm.mesh.size == 1
         self.interrupted = False
         self.system = system
@@ -231,14 +250,10 @@ class Conversation:
         system = self.system
         self.messages = [] if system is None else [{"role": "system", "content": system}]
 
-    def say(self, text: str) -> None:
-        if self.speak:
-            print(text, file=sys.stderr, flush=True)
-
     def run(self) -> None:
         """Read a line, answer it, remember both, until /quit or the end of input."""
         stop = "Ctrl-C ends an answer; " if self.interruptible else ""
-        self.say(f"{stop}/help lists the commands; /quit, or Ctrl-D, ends the conversation.")
+        say(f"{stop}/help lists the commands; /quit, or Ctrl-D, ends the conversation.")
         while (line := share_text(self.llm.mesh, self.read_line())) is not None:
             if line.startswith("/"):
                 if not self.command(line):
@@ -248,7 +263,7 @@ class Conversation:
 
     def read_line(self) -> str | None:
         """What the user types; None at the end of input. Ctrl-C drops the line."""
-        if not self.speak:
+        if not is_first_rank():
             return None
         try:
             return input("> ")
@@ -265,16 +280,16 @@ class Conversation:
         if name == "/quit":
             return False
         if name == "/help":
-            self.say(CHAT_HELP)
+            say(CHAT_HELP)
         elif name == "/clear":
             self.clear()
-            self.say("(a new conversation)")
+            say("(a new conversation)")
         elif name == "/system":
             self.system = text.strip() or None
             self.clear()
-            self.say("(a new conversation)")
+            say("(a new conversation)")
         else:
-            self.say(f"error: unknown command {name!r}{did_you_mean(name, CHAT_COMMANDS)}: /help")
+            say(f"error: unknown command {name!r}{did_you_mean(name, CHAT_COMMANDS)}: /help")
         return True
 
     def answer(self, line: str) -> None:
@@ -284,7 +299,7 @@ class Conversation:
             prompt = self.tokenizer.encode_chat([*self.messages, question])
             text = self.stream(prompt)
         except MinqwenError as error:  # for example, the conversation has outgrown the context
-            self.say(f"error: {error}; /clear starts a new conversation")
+            say(f"error: {error}; /clear starts a new conversation")
             return
         self.messages += [question, {"role": "assistant", "content": text}]
 
@@ -292,16 +307,12 @@ class Conversation:
         """Print an answer as it comes, to its end or to Ctrl-C, and return it."""
         pieces: list[str] = []
         with self.ctrl_c_ends_the_answer():
-            for delta in self.llm.stream_deltas(prompt, self.params):
+            for delta in shown_deltas(self.llm, prompt, self.params):
                 pieces.append(delta.text)
-                if self.speak:
-                    print(delta.text, end="", flush=True)
                 if self.interrupted:
                     self.llm.abort(delta.request_id)
-        if self.speak:
-            print(flush=True)
         if self.interrupted:
-            self.say("(interrupted)")
+            say("(interrupted)")
         return "".join(pieces)
 
     @contextlib.contextmanager
@@ -335,35 +346,33 @@ def as_chats(llm: LLM, texts: list[str], system: str | None) -> list[list[int]]:
 
 
 def complete(llm: LLM, texts: list[str], params: SamplingParams, args: argparse.Namespace) -> None:
-    """Complete all prompts, and print what came, on rank 0."""
-    speak = llm.mesh.rank == 0
+    """Complete all prompts, and show what came."""
     prompts: list[Any] = as_chats(llm, texts, args.system) if args.chat else list(texts)
-    streams = len(prompts) == 1 and not args.json and not args.no_stream
-    if streams:
-        outputs = [complete_streaming(llm, prompts[0], params, speak)]
-    else:
-        outputs = llm.generate(prompts, params)
-    for text, output in zip(texts, outputs):
-        if not speak:
-            continue
+    if len(prompts) == 1 and not args.json and not args.no_stream:
+        show(echo(texts[0], args), end="")
+        *_, last = shown_deltas(llm, prompts[0], params)
+        assert last.output is not None, "the last delta of a stream has the output"
+        report(last.output)
+        return
+    for text, output in zip(texts, llm.generate(prompts, params)):
         if args.json:
-            print(as_json(output, text), flush=True)
-            continue
-        if not streams:
-            print(output.outputs[0].text, flush=True)
-        report(output)
+            show(as_json(output, text))
+        else:
+            show(echo(text, args) + output.outputs[0].text)
+            report(output)
+
+
+def echo(text: str, args: argparse.Namespace) -> str:
+    """What to show before a completion."""
+    if not args.echo:
+        return ""
+    return text + "\n" if args.chat else text
 
 
 def main() -> int:
     args = parse()
-    speak = is_first_rank()
     params = read_params(args)
-    prompts = read_prompts(args) if speak else []
-    conversation = speak and args.chat and not prompts and sys.stdin.isatty()
-    if speak and not prompts and not conversation:
-        raise MinqwenError(
-            "no prompt: give a TEXT, --prompt-file F, or - for standard input (see --help)"
-        )
+    prompts = read_prompts(args) if is_first_rank() else []
     llm = LLM(
         args.model,
         **model_options(args),
@@ -372,12 +381,11 @@ def main() -> int:
         seed=args.seed,
         progress=True,
     )
-    shared = share_text(llm.mesh, json.dumps(None if conversation else prompts))
-    texts = json.loads(shared or "null")
-    if texts is None:
-        Conversation(llm, params, args.system).run()
-    else:
+    texts = json.loads(share_text(llm.mesh, json.dumps(prompts)) or "[]")
+    if texts:
         complete(llm, texts, params, args)
+    else:
+        Conversation(llm, params, args.system).run()
     return 0
 
 

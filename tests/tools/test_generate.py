@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from support.naive import greedy
@@ -59,6 +60,22 @@ def test_prompts_from_standard_input_and_from_a_file(one_process, tmp_path):
     file.write_text('"In the beginning"\n{"prompt": "And it came to pass"}\n')
     both = run_tool("generate.py", "--prompt-file", file, *FLAGS)
     assert both.out == "".join(o["text"] + "\n" for o in one_process)
+
+
+def test_echo_shows_the_prompts_before_their_texts(one_process):
+    both = run_tool("generate.py", *TWO_PROMPTS, "--echo", *FLAGS)
+    assert both.out == "".join(o["prompt"] + o["text"] + "\n" for o in one_process)
+    one = run_tool("generate.py", PROMPTS[0], "--echo", *FLAGS)
+    assert one.out == one_process[0]["prompt"] + one_process[0]["text"] + "\n"
+
+
+@pytest.mark.parametrize("limit, new", [("max_new_tokens", 5), ("max_length", 1)])
+def test_generation_config_may_say_how_many_tokens(tmp_path, limit, new):
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED, model)
+    (model / "generation_config.json").write_text(json.dumps({limit: 5}))
+    done = run_tool_here("generate.py", PROMPTS[0], "--model", model, "--json", "--ignore-eos")
+    assert len(json.loads(done.out)["token_ids"]) == new  # 4 of the prompt and 1 are 5
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
