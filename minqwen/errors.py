@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class MinqwenError(ValueError):
     """Base of every error a user can cause. Command lines print it as one line and exit with 2."""
@@ -25,6 +28,18 @@ class ParallelError(MinqwenError):
 
 class SamplingError(MinqwenError):
     """A sampling parameter or request that cannot be served."""
+
+
+class RequestError(MinqwenError):
+    """Some requests of one call failed.
+
+    outputs: of all its requests, in the order of the prompts. Those that failed say why in their
+    `error`; the others are as if they had been alone.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[Any]):
+        super().__init__(message)
+        self.outputs = list(outputs)
 
 
 class TraceError(MinqwenError):

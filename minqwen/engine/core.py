@@ -7,13 +7,15 @@ completion whose last id was computed gets the next token. Read `EngineCore.step
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from minqwen.engine.blocks import BlockPool
+from minqwen.engine.failures import described, lacks_memory
 from minqwen.engine.outputs import Delta, TokenLogprobs
 from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
@@ -44,6 +46,8 @@ class EngineCore:
         self.decode_token = decode_token
         self.changes = Changes(runner.model)
         self.intervened = False  # whether the model has hooks, on any rank
+        self.outdated = False  # whether the keys and values are of a model that was
+        self.stepping = False
         self.requests: dict[str, Request] = {}  # those that are not finished
 
     @property
@@ -62,90 +66,156 @@ class EngineCore:
             self._end_all(request, "abort")
 
     def reset_prefix_cache(self) -> None:
-        """Forget all keys and values; running requests are computed again from the beginning."""
-        self.scheduler.start_over(self.scheduler.shares_prefixes)
+        """Forget all keys and values before the next step, which computes running requests again.
 
-    @torch.inference_mode()
+        Not at once: a hook may ask for it in the midst of a step.
+        """
+        self.outdated = True
+
     def step(self, undisturbed: bool = False) -> list[Delta]:
         """One forward pass, and all that follows from it.
 
         undisturbed: no caller's code has run since the last step. Then only hooks can have changed
         the model, and where there are none it is not looked at again.
         Nothing is changed before everything is done that may fail for want of memory, so a failed
-        step can be made again.
+        step can be made again. Anything else that fails for one request ends that request alone.
         """
+        if self.stepping:
+            raise MinqwenError("a hook cannot make steps: the step that calls it is not done")
         if not self.requests:
             return []
-        if not undisturbed or self._calls_hooks():
-            self._notice_changes()
-        step = self.scheduler.schedule()
+        self.stepping = True
+        try:
+            if not undisturbed or self._calls_hooks():
+                self._notice_changes()
+            return self._step(self.scheduler.schedule())
+        finally:
+            self.stepping = False
+
+    # ---- the parts of a step --------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _step(self, step: list[Scheduled]) -> list[Delta]:
         logits = self.runner.run(step)
         last = wide(logits.last())  # [B, V]
+        wrong = self._failures_of_all_ranks(step, logits.failures)
         finite = last.sum(-1).isfinite().tolist()  # a NaN or an infinity stays one in the sum
-        wrong = dict(logits.failures)  # row -> why the request of this row cannot go on
         for i, item in enumerate(step):
             if not finite[i]:
                 # A NaN anywhere before reaches the last token: nothing of this is kept.
                 wrong.setdefault(i, f"logits are not finite at token {item.end - 1}")
-        at_end = [i for i, item in enumerate(step) if i not in wrong and item.reaches_end]
-        drawn = self._draw([step[i].completion for i in at_end], last, at_end)
+        drawn = self._draw(step, last, wrong)
         deltas: list[Delta] = []
         for i, item in enumerate(step):
-            if item.completion.finished:  # its request failed earlier in this step
+            # Its request failed earlier in this step, or a hook has aborted it.
+            if item.completion.finished:
                 continue
-            if i in wrong:
-                deltas += self._fail(item.completion.request, wrong[i])
-                continue
-            self._keep(item, logits.of(i))
-            if i in drawn:
-                deltas += self._append(item.completion, *drawn[i])
+            try:
+                deltas += self._go_on(item, logits.of(i), wrong.get(i), drawn.get(i))
+            except Exception as error:  # whatever it is, the others do not suffer from it
+                deltas += self._fail(item.completion.request, described(error))
         return deltas
 
-    # ---- the parts of a step --------------------------------------------------------------------
-
     def _calls_hooks(self) -> bool:
-        return self.intervened or any(request.hooks for request in self.requests.values())
+        return (
+            self.intervened
+            or self.outdated
+            or any(request.hooks for request in self.requests.values())
+        )
 
     def _notice_changes(self) -> None:
         """Keys and values of a model that was are forgotten; with hooks in it none are shared."""
         changed, intervened = self.changes.look(), self.changes.unreliable
+        self.outdated |= changed
         if self.mesh.size > 1:  # a change on one rank is a change for all
-            flags = torch.tensor([changed, intervened], dtype=torch.float32)
+            flags = torch.tensor([self.outdated, intervened], dtype=torch.float32)
             flags = self.mesh.all_reduce(flags.to(self.runner.model.device), "max")
-            changed, intervened = map(bool, flags.tolist())
+            self.outdated, intervened = map(bool, flags.tolist())
         self.intervened = intervened
-        if changed:
+        if self.outdated:
             self.runner.renew_cache()
             self.scheduler.start_over(not intervened)
+            self.outdated = False
+
+    def _failures_of_all_ranks(
+        self, step: list[Scheduled], own: Mapping[int, str]
+    ) -> dict[int, str]:
+        """Why some of the step's requests cannot go on: a hook that failed on one rank has failed.
+
+        Maps the place in the step to the reason.
+        """
+        failures = dict(own)
+        if self.mesh.size > 1 and any(item.completion.request.hooks for item in step):
+            flags = torch.tensor([float(i in failures) for i in range(len(step))])
+            flags = self.mesh.all_reduce(flags.to(self.runner.model.device), "max")
+            for i in flags.nonzero()[:, 0].tolist():
+                failures.setdefault(i, "a hook failed on another rank")
+        return failures
 
     def _draw(
-        self, completions: list[Completion], logits: Tensor, at: list[int]
+        self, step: list[Scheduled], logits: Tensor, wrong: dict[int, str]
     ) -> dict[int, Drawn]:
-        """The next token of each of `completions`, from the rows `at` of logits [B, V].
+        """The next token of those whose last id was computed, from logits [B, V].
 
-        Returns {row: (token, its logprobs where they were asked for)}.
+        Returns {row: (token, its logprobs where they were asked for)}. Adds to `wrong`.
         """
-        if not completions:
+        at_end = [i for i, item in enumerate(step) if i not in wrong and item.reaches_end]
+        rows = [i for i in at_end if self._succeeds(i, wrong, step[i].completion.take_mask)]
+        drawn = self._sample(rows, [step[i].completion for i in rows], logits, wrong)
+        for i, (_, entry) in drawn.items():
+            self._succeeds(i, wrong, partial(self._spell, entry))
+        return drawn
+
+    def _succeeds(self, row: int, wrong: dict[int, str], function: Callable[[], None]) -> bool:
+        """Whether something works that concerns one row only; else `wrong` has the reason."""
+        try:
+            function()
+        except Exception as error:
+            wrong[row] = described(error)
+        return row not in wrong
+
+    def _sample(
+        self, at: list[int], completions: list[Completion], logits: Tensor, wrong: dict[int, str]
+    ) -> dict[int, Drawn]:
+        """A token for each of `completions`, from the rows `at` of logits [B, V].
+
+        If that fails they are asked one by one. What a row draws does not depend on the others.
+        """
+        if not at:
             return {}
-        for completion in completions:
-            if completion.constraint is not None:
-                completion.mask = completion.constraint.mask()
         rows = logits if len(at) == len(logits) else logits[at]
-        tokens, logprobs = sample(rows, completions)
+        try:
+            tokens, entries = sample(rows, completions)
+        except Exception as error:
+            if lacks_memory(error):
+                raise
+            if len(at) == 1:
+                wrong[at[0]] = described(error)
+                return {}
+            drawn: dict[int, Drawn] = {}
+            for i, completion in zip(at, completions):
+                drawn |= self._sample([i], [completion], logits, wrong)
+            return drawn
         if self.mesh.size > 1:
             # All ranks have the same logits; this makes it impossible that they disagree.
             device = self.runner.model.device
             tokens = self.mesh.broadcast(torch.tensor(tokens, device=device)).tolist()
-        entries = logprobs or [None] * len(tokens)
-        for entry in entries:
-            self._spell(entry)
-        return dict(zip(at, zip(tokens, entries)))
+        return dict(zip(at, zip(tokens, entries or [None] * len(tokens))))
 
     def _spell(self, entry: TokenLogprobs | None) -> None:
         """Put each token's text beside its logprob."""
         if entry is not None and self.decode_token is not None:
             for token, logprob in entry.items():
                 logprob.decoded_token = self.decode_token(token)
+
+    def _go_on(
+        self, item: Scheduled, logits: Tensor, wrong: str | None, drawn: Drawn | None
+    ) -> list[Delta]:
+        """What one completion makes of the step. logits [n, V]: all its rows."""
+        if wrong is not None:
+            return self._fail(item.completion.request, wrong)
+        self._keep(item, logits)
+        return [] if drawn is None else self._append(item.completion, *drawn)
 
     def _keep(self, item: Scheduled, logits: Tensor) -> None:
         """The step's keys and values count now, and so do the prompt's logprobs it has given."""
@@ -171,22 +241,24 @@ class EngineCore:
             request.forked = True
             for child in request.completions[1:]:
                 self.scheduler.fork(completion, child)
-        try:
-            delta = completion.append(token, logprobs)
-        except MinqwenError as error:  # a grammar that cannot go on ends its own request only
-            return self._fail(request, str(error))
+        completion.append(token, logprobs)
         if completion.finished:
             self.scheduler.finish(completion)
         if request.finished:
             request.metrics.finished = now
             del self.requests[request.request_id]
-        return [delta]
+        return [completion.delta()]
 
     def _fail(self, request: Request, why: str) -> list[Delta]:
         """End a request that cannot go on; the others do."""
         request.error = why
         self.requests.pop(request.request_id, None)
-        deltas = [completion.delta() for completion in self._end_all(request, "error")]
+        ended = self._end_all(request, "error")
+        if not ended:  # it had ended, but there was no room to join what it has traced
+            ended = request.completions[-1:]
+            for completion in request.completions:
+                completion.trace.clear()
+        deltas = [completion.delta() for completion in ended]
         return [*(replace(delta, output=None) for delta in deltas[:-1]), deltas[-1]]
 
     def _end_all(self, request: Request, reason: str) -> list[Completion]:

@@ -26,7 +26,7 @@ from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for, size_cache
-from minqwen.errors import ConfigError, MinqwenError, SamplingError
+from minqwen.errors import ConfigError, RequestError, SamplingError
 from minqwen.model import Qwen2
 from minqwen.model.trace import Hook, Names, select
 from minqwen.parallel import Mesh, check_degree
@@ -143,26 +143,27 @@ class LLM:
         returns, or writes into x, goes on. Logits and final_norm come only where they are used.
         Nothing of hooked requests enters or leaves the prefix cache, and others do not see the
         hooks. Requests that were added before go on meanwhile; the next `step`
-        reports what is new of them. Raises MinqwenError if one of the requests fails.
+        reports what is new of them. A request that somebody aborts meanwhile, such as a hook, has
+        the finish_reason "abort". Raises MinqwenError for what cannot be served, before anything
+        is computed; and RequestError, with the outputs of all, if a request fails: after the others
+        have finished.
         """
         prompts = [prompts] if is_prompt(prompts) else list(prompts)
         params = spread(sampling_params, len(prompts))
         mailbox: list[Delta] = []
-        ids: list[str] = []
+        requests: list[Request] = []
         try:
             for prompt, p in zip(prompts, params):
-                ids.append(
-                    self.add_request(prompt, p, cache_salt=cache_salt, trace=trace, hooks=hooks)
-                )
-                self._mailboxes[ids[-1]] = mailbox
-            outputs = self._finish_all(mailbox, len(ids), use_tqdm)
+                i = self.add_request(prompt, p, cache_salt=cache_salt, trace=trace, hooks=hooks)
+                requests.append(self.core.requests[i])
+                self._mailboxes[i] = mailbox
+            outputs = self._finish_all(requests, mailbox, use_tqdm)
         finally:
-            for request_id in ids:
-                self.abort(request_id)
-        for output in outputs.values():
-            if output.error:
-                raise MinqwenError(f"request {output.request_id}: {output.error}")
-        return [outputs[request_id] for request_id in ids]
+            for request in requests:
+                if self._reads(request.request_id, mailbox):
+                    self.abort(request.request_id)
+        raise_failures(outputs)
+        return outputs
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
@@ -193,7 +194,7 @@ class LLM:
                     continue
                 delta = mailbox.pop(0)
                 if delta.output is not None and delta.output.error:
-                    raise MinqwenError(delta.output.error)
+                    raise RequestError(delta.output.error, [delta.output])
                 yield delta
         finally:
             if self._reads(request_id, mailbox):
@@ -296,8 +297,8 @@ class LLM:
     def abort(self, request_id: str) -> None:
         """Drop a request, free its blocks, forget what is new of it. Unknown ids are no error."""
         self.core.abort(request_id)
-        self._mailboxes.pop(request_id, None)
-        self._unread = [delta for delta in self._unread if delta.request_id != request_id]
+        for deltas in (self._unread, self._mailboxes.pop(request_id, [])):
+            deltas[:] = [delta for delta in deltas if delta.request_id != request_id]
 
     @contextmanager
     def hooks(self, hooks: Hooks) -> Iterator[None]:
@@ -357,15 +358,15 @@ class LLM:
         return self._mailboxes.get(request_id) is mailbox
 
     def _finish_all(
-        self, mailbox: list[Delta], count: int, use_tqdm: bool
-    ) -> dict[str, RequestOutput]:
-        """Make steps until `count` requests have sent their outputs to `mailbox`."""
+        self, requests: Sequence[Request], mailbox: list[Delta], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        """Make steps until all of `requests`, whose deltas come to `mailbox`, are finished."""
         outputs: dict[str, RequestOutput] = {}
         undisturbed = False
         tokens, started = 0, time.perf_counter()
         hidden = None if use_tqdm and self.mesh.rank == 0 else True
-        with tqdm(total=count, desc="requests", leave=False, disable=hidden) as bar:
-            while len(outputs) < count:
+        with tqdm(total=len(requests), desc="requests", leave=False, disable=hidden) as bar:
+            while not all(request.finished for request in requests):
                 self._advance(undisturbed)
                 undisturbed = True
                 for delta in mailbox:
@@ -376,7 +377,8 @@ class LLM:
                 speed = tokens / (time.perf_counter() - started)
                 bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
                 bar.update(len(outputs) - bar.n)
-        return outputs
+        # Nothing reports an aborted request.
+        return [outputs.get(request.request_id) or request.output() for request in requests]
 
     def _checked_params(self, params: SamplingParams | None) -> SamplingParams:
         if params is None:
@@ -486,6 +488,15 @@ def refuse_loading_options(given: dict[str, Any]) -> None:
                 f"{name} is {value!r}, but the model is a Qwen2 that is loaded already: "
                 f"leave {name} out, or give the directory"
             )
+
+
+def raise_failures(outputs: Sequence[RequestOutput]) -> None:
+    """Raise RequestError, with all outputs, if a request has failed."""
+    failed = [output for output in outputs if output.error]
+    if failed:
+        more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
+        why = f"request {failed[0].request_id}: {failed[0].error}{more}"
+        raise RequestError(why, outputs)
 
 
 def spread(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -111,6 +110,10 @@ class Completion(Row):
     ending: Ending | None = None
     trace: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    # How much of it earlier deltas have told: generated ids, and characters.
+    told_ids: int = 0
+    told_text: int = 0
+
     def __post_init__(self) -> None:
         self.stops = StopChecker(self.params)
         if self.params.logprobs is not None:
@@ -136,7 +139,12 @@ class Completion(Row):
         wanted = self.request.prompt_logprobs is not None
         return wanted and self.index == 0 and self.computed < self.num_prompt
 
-    def append(self, token: int, logprobs: TokenLogprobs | None) -> Delta:
+    def take_mask(self) -> None:
+        """Let the sampler know which tokens the grammar allows next."""
+        if self.constraint is not None:
+            self.mask = self.constraint.mask()
+
+    def append(self, token: int, logprobs: TokenLogprobs | None) -> None:
         """Take the next token, extend the text, and decide whether this is the end.
 
         Raises SamplingError for a token that the grammar does not allow, and for a finished text
@@ -154,23 +162,20 @@ class Completion(Row):
         if self.constraint is not None and ending is not None and ending.reason == "stop":
             self.constraint.check(self.text)
         self.ending = ending if stop is None else Ending("stop", stop)
-        return self.delta(text, [token], None if logprobs is None else [logprobs])
 
     def end(self, reason: str) -> None:
         """Finish from outside, by "abort" or "error"; a completion that is finished stays so."""
         self.ending = self.ending or Ending(reason)
 
-    def delta(
-        self,
-        text: str = "",
-        token_ids: Sequence[int] = (),
-        logprobs: list[TokenLogprobs] | None = None,
-    ) -> Delta:
-        """What is new, and whether that was the end of this completion and of its request."""
+    def delta(self) -> Delta:
+        """What no delta has told yet, and whether that was the end of it and of its request."""
+        ids, text = self.ids[self.num_prompt + self.told_ids :], self.text[self.told_text :]
+        logprobs = None if self.logprobs is None else self.logprobs[self.told_ids :]
+        self.told_ids, self.told_text = self.num_output, len(self.text)
         reason, stop = self.ending or (None, None)
         output = self.request.output() if self.request.finished else None
         request_id = self.request.request_id
-        return Delta(request_id, self.index, text, list(token_ids), logprobs, reason, stop, output)
+        return Delta(request_id, self.index, text, ids, logprobs, reason, stop, output)
 
     def output(self) -> CompletionOutput:
         """The finished completion as its caller sees it."""

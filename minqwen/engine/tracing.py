@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 from itertools import accumulate
 
 from torch import Tensor
 
+from minqwen.engine.failures import described
 from minqwen.engine.scheduler import Scheduled
 from minqwen.model.trace import POINTS, Hook, Rows, check_replacement, point_of
 
@@ -99,10 +99,3 @@ class StepTrace:
             return x[start:end] if item.reaches_end or end - start > 1 else None
         end = self.token_ends[i]
         return x[end - item.count : end]
-
-
-def described(error: Exception) -> str:
-    """An error in one line, with the place in the code that raised it."""
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{what} ({frames[-1].filename}:{frames[-1].lineno})" if frames else what

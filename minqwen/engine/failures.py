@@ -1,0 +1,28 @@
+"""Errors of one request, which must not become errors of the whole step."""
+
+from __future__ import annotations
+
+import traceback
+
+import torch
+
+from minqwen.errors import MinqwenError
+
+
+def described(error: Exception) -> str:
+    """An error in one line, with the place in the code that raised it unless it is a user's."""
+    if isinstance(error, MinqwenError):
+        return str(error)
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{what} ({frames[-1].filename}:{frames[-1].lineno})" if frames else what
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether there was too little memory: not one request's fault, and the step can be repeated.
+
+    PyTorch says so on a CPU with a RuntimeError.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "memory" in str(error)
