@@ -402,19 +402,21 @@ def pieces_check(config: ModelConfig, tokens: int) -> Check:
 def padded_check(config: ModelConfig, tokens: int) -> Check:
     """32 query heads, four of them without a function; the truth is the model of 28."""
     to = layout(config, 32, recipe="random")
-    padded = extended_config(config, to)
+    padded, count = extended_config(config, to), len(config.parameter_shapes())
+
+    def inputs(r: Numbers) -> Tensors:
+        ids, *weights = random_inputs(r, config, tokens, False)
+        more = map(extend_tensor, config.parameter_shapes(), weights, [to] * count)
+        return ids, *weights, *more
 
     def logits(ids: Tensor, *weights: Tensor) -> Tensor:
-        named = zip(config.parameter_shapes(), weights)
-        more = tuple(extend_tensor(name, x.cpu(), to) for name, x in named)
-        out: Tensor = build(padded, more, torch.float32, True, ids.device)(ids)
+        out: Tensor = build(padded, weights[count:], torch.float32, True)(ids)
         return out
 
     def source(ids: Tensor, *weights: Tensor) -> Tensor:
-        out: Tensor = build(config, weights, torch.float32, True)(ids)
+        out: Tensor = build(config, weights[:count], torch.float32, True)(ids)
         return out
 
-    inputs = lambda r: random_inputs(r, config, tokens, False)
     return Check("models", "28 heads padded to 32", logits, inputs, source)
 
 
@@ -457,20 +459,14 @@ def random_weight(r: Numbers, name: str, shape: Sequence[int]) -> Tensor:
     return x / math.sqrt(shape[1])
 
 
-def build(
-    config: ModelConfig,
-    weights: Sequence[Tensor],
-    dtype: torch.dtype,
-    widen: bool,
-    device: torch.device | None = None,
-) -> Qwen2:
-    """The exact model of these weights, on their device unless another is named."""
+def build(config: ModelConfig, weights: Sequence[Tensor], dtype: torch.dtype, widen: bool) -> Qwen2:
+    """The exact model of these weights, on their device."""
     named = dict(zip(config.parameter_shapes(), weights))
     return Qwen2.from_tensors(
         config,
         lambda name, part: named[name],
         dtype=dtype,
-        device=device or weights[0].device,
+        device=weights[0].device,
         arithmetic=Exact(widen=widen),
     )
 
