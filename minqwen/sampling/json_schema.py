@@ -1,16 +1,16 @@
-"""JSON schemas: what the grammar can follow of them, and the check of a finished text.
+"""JSON schemas: what the grammar can follow of them.
 
 llguidance turns a schema into a grammar. What it cannot follow is refused here, by name, when the
 schema is given: keywords that it does not know, numbers that it rounds, patterns that leave a
 grammar without a next token. What it follows wrongly is rewritten where another spelling says the
-same: see `for_grammar`. And every text that finishes is checked against the schema as it was given.
+same: see `for_grammar`. text_check.py checks a finished text against the schema as it was given.
 """
 
 from __future__ import annotations
 
 import json as json_library
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -36,7 +36,9 @@ LARGEST_EXPONENT = 22
 DIGITS = 15  # that any double holds
 ROOT = "structured_outputs.json#"
 LETTERS = r"\p{L}\p{M}\p{N}\p{Pc}"  # no fewer than Python's \w
-PIECES = re.compile(r"\\.|\[(\^?)(\]?(?:\\.|[^\]\\])*)\]", re.DOTALL)  # an escape, or a class
+CLASSES_AND_ESCAPES = re.compile(
+    r"\\.|\[(\^?)(\]?(?:\\.|[^\]\\])*)\]", re.DOTALL
+)  # an escape, or a class
 ESCAPES = re.compile(r"\\.|\[", re.DOTALL)
 OUTSIDE = {r"\W": rf"[^{LETTERS}\x00]", r"\D": r"[^\p{Nd}\x00]"}
 IN_CLASS = {**OUTSIDE, "[": r"\["}
@@ -44,7 +46,6 @@ IN_NEGATED = {r"\w": LETTERS, r"\d": r"\p{Nd}", "[": r"\["}
 DEL = re.compile(r"\x7f|\\x7f|\\u007f", re.IGNORECASE)
 POSSESSIVE = re.compile(r"[*+?}]\+")
 TOO_DEEP = "{} is nested too deeply: give it fewer levels"
-FORMATS = ("date", "email", "ipv4", "ipv6", "uuid")  # that jsonschema checks by itself
 
 
 def read_schema(where: str, value: Any) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _check_patterns(schema: dict[str, Any], where: str) -> None:
         what = ""
         if isinstance(pattern, str) and DEL.search(pattern):
             what = "DEL, which cannot be written"
-        elif isinstance(pattern, str) and POSSESSIVE.search(PIECES.sub("x", pattern)):
+        elif isinstance(pattern, str) and POSSESSIVE.search(CLASSES_AND_ESCAPES.sub("x", pattern)):
             what = "a possessive quantifier, which JSON Schema has not"
         if what:
             raise SamplingError(printable(f"{pattern_where}: holds {what}: leave it out"))
@@ -284,7 +285,7 @@ def narrowed(pattern: str) -> str:
     class has the character 0, which nobody can write in JSON: one with all 32 control characters is
     for llguidance one with quote and backslash too. In a class, "[" stands for itself.
     """
-    return PIECES.sub(_narrowed_piece, pattern)
+    return CLASSES_AND_ESCAPES.sub(_narrowed_piece, pattern)
 
 
 def _narrowed_piece(piece: re.Match[str]) -> str:
@@ -302,41 +303,3 @@ def _next_above(number: int) -> float:
         return 10.0**-LARGEST_EXPONENT
     step = Decimal(10) ** -max(DIGITS - len(str(number)), 0)
     return float(number + step)
-
-
-# ---- the check of a finished text ---------------------------------------------------------------
-
-
-def text_check(schema: dict[str, Any]) -> Callable[[str], None]:
-    """A function that raises SamplingError if a text does not fit the schema.
-
-    Raises SamplingError itself if the schema is wrong, and ImportError without jsonschema. Nothing
-    is fetched: a schema can refer to its own parts only.
-    """
-    import jsonschema
-    from referencing import Registry
-
-    validators = jsonschema.validators
-    kind = validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    try:
-        kind.check_schema(schema)
-    except RecursionError:
-        raise SamplingError(TOO_DEEP.format(ROOT)) from None
-    except jsonschema.SchemaError as error:
-        where = at(ROOT, *error.absolute_path)
-        raise SamplingError(printable(f"{where}: {error.message}")[:300]) from None
-    formats = jsonschema.FormatChecker(FORMATS)
-    validator = kind(schema, registry=Registry(), format_checker=formats)
-
-    def check(text: str) -> None:
-        try:
-            found = next(validator.iter_errors(json_library.loads(text)), None)
-        except Exception as error:  # too deep, too many digits, a pattern that Python cannot read
-            raise SamplingError(
-                printable(f"the finished text cannot be checked: {type(error).__name__}: {error}")
-            ) from None
-        if found is not None:
-            text = f"the finished text does not fit its schema at {found.json_path}"
-            raise SamplingError(printable(f"{text}: {found.message}")[:300])
-
-    return check

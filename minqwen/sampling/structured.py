@@ -22,7 +22,8 @@ from torch import Tensor
 from minqwen.checks import wrong
 from minqwen.errors import SamplingError
 from minqwen.files import printable
-from minqwen.sampling.json_schema import ROOT, at, every_part, for_grammar, read_schema, text_check
+from minqwen.sampling.json_schema import ROOT, at, every_part, for_grammar, read_schema
+from minqwen.sampling.text_check import text_check
 from minqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class ConstraintCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]):
         try:
-            import jsonschema  # noqa: F401  (json_schema.py needs it when a constraint is made)
+            import jsonschema  # noqa: F401  (text_check.py needs it when a constraint is made)
             import llguidance
         except ImportError as error:
             raise SamplingError(

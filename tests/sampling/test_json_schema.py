@@ -11,8 +11,9 @@ from llguidance import LLMatcher
 from support.structured import END, Writer, byte_tokenizer
 
 from minqwen.errors import SamplingError
-from minqwen.sampling.json_schema import for_grammar, text_check
+from minqwen.sampling.json_schema import for_grammar
 from minqwen.sampling.structured import ConstraintCompiler, StructuredOutputs
+from minqwen.sampling.text_check import text_check
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +21,10 @@ def writer(tmp_path_factory):
     return Writer(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
-def test_a_text_that_fits_passes_and_another_is_told_in_one_line():
-    check = text_check({"type": "object", "properties": {"a": {"maximum": 3}}})
-    check('{"a": 3}')
-    with pytest.raises(SamplingError, match=r"^the finished text does not fit its schema at \$\.a"):
-        check('{"a": 4}')
+def test_a_schema_is_given_as_a_dict_or_as_json():
+    schema = {"type": "array", "items": {"maximum": 3}}
+    for form in (schema, json.dumps(schema)):
+        assert StructuredOutputs(json=form).json == schema
 
 
 # ---- numbers ------------------------------------------------------------------------------------
