@@ -9,7 +9,7 @@ the same points.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
@@ -75,7 +75,7 @@ POINTS = [
 BY_NAME = {point.name: point for point in POINTS}
 BY_ALIAS = {point.alias: point for point in POINTS if point.alias}
 
-Names = str | Sequence[str] | Callable[[str], bool] | None  # what `select` understands
+Names = str | Iterable[str] | Callable[[str], bool] | None  # what `select` understands
 
 
 class Rows(NamedTuple):
@@ -149,10 +149,8 @@ def select(names: Names, num_layers: int) -> set[str]:
         return set(every)
     if callable(names):
         return _chosen_by(names, every, num_layers)
-    if not isinstance(names, (str, Sequence)):
-        names = list(names)
     chosen: set[str] = set()
-    for pattern in [names] if isinstance(names, str) else names:
+    for pattern in _patterns(names):
         found = [name for name in every if _matches(name, pattern)]
         if not found:
             raise TraceError(
@@ -163,6 +161,19 @@ def select(names: Names, num_layers: int) -> set[str]:
     if not chosen:
         raise TraceError("the list of names is empty: name a point, or give None for all of them")
     return chosen
+
+
+def _patterns(names: object) -> list[str]:
+    """A name or pattern, or a collection of them, as a list. Raises TraceError for another type."""
+    listed: list[Any] = [names]
+    if isinstance(names, Iterable) and not isinstance(names, (str, bytes)):
+        listed = list(names)
+    for name in listed:
+        if not isinstance(name, str):
+            raise TraceError(
+                f"names holds {name!r}, expected a name, a pattern, a list of them, or a predicate"
+            )
+    return listed
 
 
 def _chosen_by(predicate: Callable[[str], bool], every: list[str], num_layers: int) -> set[str]:
@@ -188,6 +199,17 @@ def _spellings(every: list[str]) -> list[str]:
     """All that could have been meant by a pattern that matches nothing."""
     patterns = [f"*.{name}" for point in POINTS for name in (point.name, point.alias) if name]
     return [*every, *(alias for name in every if (alias := alias_of(name))), *patterns]
+
+
+def select_hooks(hooks: object, num_layers: int) -> list[tuple[set[str], Hook]]:
+    """The points of each hook, with its function. Raises TraceError unless they are pairs."""
+    listed: list[Any] = list(hooks) if isinstance(hooks, (list, tuple)) else [hooks]
+    for hook in listed:
+        if not isinstance(hook, (list, tuple)) or len(hook) != 2 or not callable(hook[1]):
+            raise TraceError(
+                f"hooks holds {hook!r}: expected a list of pairs (names of points, function)"
+            )
+    return [(select(names, num_layers), function) for names, function in listed]
 
 
 # ---- taps ---------------------------------------------------------------------------------------
@@ -402,7 +424,7 @@ def run_with_hooks(
     gradients, `tensor.retain_grad()` in fn keeps the point's gradient. Returns logits [B, T, V].
     Raises TraceError for a name that matches nothing and for a return value that does not fit.
     """
-    hooks = [(select(names, model.config.num_hidden_layers), fn) for names, fn in fwd_hooks]
+    hooks = select_hooks(fwd_hooks, model.config.num_hidden_layers)
 
     def show(name: str, x: Tensor, rows: Rows | None) -> Tensor | None:
         shaped = seen = batched(x, point_of(name), ids)

@@ -41,7 +41,9 @@ def test_a_predicate_is_asked_about_both_spellings(embedded_model, ending):
         ("layers.9.attn.q", "layers.9.attn.q"),
         (lambda name: name == "attn.hook_z", "'blocks.0.attn.hook_z'"),
         ([], "empty"),
-        (iter(()), "empty"),
+        (5, "5"),
+        (["logits", 5], "5"),
+        (b"logits", "b'logits'"),
     ],
     ids=str,
 )
@@ -54,6 +56,23 @@ def test_what_means_nothing_is_an_error_of_one_line(embedded_model, names, says)
         with pytest.raises(TraceError) as caught:
             use()
         assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [("logits", print), [("logits",)], ["logits"], [("logits", "print")], "logits", None, [print]],
+    ids=str,
+)
+def test_hooks_are_pairs(embedded_model, hooks):
+    with pytest.raises(TraceError, match="pairs") as caught:
+        embedded_model.run_with_hooks(IDS, hooks)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_any_collection_select():
+    wanted = {"layers.1.attn.q", "logits"}
+    for names in (wanted, tuple(wanted), iter(wanted), dict.fromkeys(wanted)):
+        assert select(names, 2) == wanted
 
 
 def test_a_cache_has_an_entry_under_both_of_its_names(embedded_model):
