@@ -84,14 +84,6 @@ def check_regular(path: Path, error: type[MinqwenError]) -> Stamp:
     return Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def check_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FILE) -> None:
-    """Raise `error` unless `path` is a regular file of 1 to `limit` bytes.
-
-    For files that a library opens by their path; our own code calls read_small and its kin.
-    """
-    _check_size(path, check_regular(path, error).size, limit, error)
-
-
 def read_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FILE) -> bytes:
     """The bytes of a regular file of at most `limit` bytes, opened and read once."""
     with _opened(path, error) as (file, found):

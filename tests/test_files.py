@@ -16,7 +16,6 @@ from minqwen.errors import CheckpointError, ConfigError, MinqwenError, Tokenizer
 from minqwen.files import (
     and_more,
     check_regular,
-    check_small,
     lines_of,
     parse_json,
     printable,
@@ -82,7 +81,7 @@ NOT_FILES = {
 
 
 @pytest.mark.parametrize("make, words", NOT_FILES.values(), ids=NOT_FILES)
-@pytest.mark.parametrize("read", [check_regular, check_small, read_small, read_text])
+@pytest.mark.parametrize("read", [check_regular, read_small, read_text])
 def test_what_is_not_a_file_with_contents_is_refused_before_it_is_read(make, words, read, tmp_path):
     path = tmp_path / "odd\nname"
     make(path)
