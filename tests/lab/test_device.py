@@ -155,6 +155,14 @@ def test_what_cannot_run_is_a_difference_and_not_the_end():
     assert len(outcome.differences) == 1 and "raises" in outcome.differences[0]
 
 
+def test_another_device_is_compared_with_the_cpu():
+    calls = iter((1.0, 1.5))
+    check = Check("here", "x times", lambda x: x * next(calls), lambda r: (torch.ones(3),))
+    outcome, _ = examine(check, "cpu:0")  # to the list of checks a device of its own
+    assert outcome.against == ["cpu:0"]
+    assert outcome.differences[0].startswith("cpu:0: 3 of 3, first 0x1.8")
+
+
 def test_a_cpu_that_cannot_run_a_check_is_told_too():
     outcome, sha = examine(Check("here", "never", lambda x: x + "1", lambda r: (torch.ones(3),)))
     assert "the CPU: raises TypeError" in outcome.differences[0] and sha == ""
