@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,11 +96,18 @@ def show(args: argparse.Namespace) -> None:
     traced = compute(args)
     rows: list[tuple[str, ...]] = [("name", "shape", "mean", "std", "max |x|")]
     for name, x in traced.seen.items():
-        finite = x.double()[x.isfinite()]
-        numbers = (finite.mean(), finite.std(), finite.abs().max())
-        rows.append((name, str(list(x.shape)), *(f"{number:.5f}" for number in numbers)))
+        rows.append((name, str(list(x.shape)), *(f"{number:.5f}" for number in spread(x))))
     if is_first_rank():
         print_table(rows)
+
+
+def spread(x: Tensor) -> tuple[float, float, float]:
+    """Mean, standard deviation and largest magnitude of the finite numbers; nan where none are."""
+    finite = x.double()[x.isfinite()]
+    if not finite.numel():
+        return math.nan, math.nan, math.nan
+    std = finite.std().item() if finite.numel() > 1 else 0.0
+    return finite.mean().item(), std, finite.abs().max().item()
 
 
 def save(args: argparse.Namespace) -> None:

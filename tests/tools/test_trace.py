@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.paths import EMBEDDED, ROOT
 from support.tool import run_tool, run_tool_here
 from support.torchrun import torchrun
@@ -120,6 +121,26 @@ def test_two_ranks_save_whole_tensors_once(truth, tmp_path):
     assert saved.keys() == truth.keys()
     for name, x in truth.items():
         torch.testing.assert_close(saved[name], x, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_model_of_nan_is_shown(tmp_path):
+    """Whoever looks for the first NaN finds tensors without one finite number."""
+    for path in EMBEDDED.iterdir():
+        if path.name != "model.safetensors":
+            shutil.copy(path, tmp_path / path.name)
+    tensors = load_file(EMBEDDED / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].fill_(torch.nan)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    args = ["--model", tmp_path, "--names", "*.resid_post"]
+    result = run_tool_here("trace.py", "show", TEXT, *args)
+    assert result.code == 0 and result.err == "", result.err
+    numbers = [line.split("]")[1].split() for line in result.out.splitlines()[1:]]
+    assert "nan" not in numbers[0] and numbers[1:] == [["nan"] * 3] * 3
+
+
+def test_one_token_is_shown():
+    result = run_tool_here("trace.py", "show", "--ids", "5", "--names", "layers.0.attn.pattern")
+    assert result.code == 0 and result.err == "", result.err
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
