@@ -1,9 +1,11 @@
 """The few operations that the model is made of, and the linear layers that they work on.
 
 `Native` is PyTorch in the model's own dtype, with Hugging Face's rounding points in Hugging Face's
-order: its logits equal those of transformers' eager attention bit for bit. With float64 weights the
-same lines compute in float64 throughout: the truth that errors are measured against. Another
-arithmetic is a subclass that overrides some of these methods: `Exact` in exact.py, for example.
+order: its logits equal those of transformers' eager attention bit for bit. (The product of a single
+float32 row can depend on where the weights lie. Here they begin at multiples of 64 bytes; those of
+transformers must begin at multiples of 16.) With float64 weights the same lines compute in float64
+throughout: the truth that errors are measured against. Another arithmetic is a subclass that
+overrides some of these methods: `Exact` in exact.py, for example.
 """
 
 from __future__ import annotations
