@@ -150,3 +150,45 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """ "; did you mean 'exact'?" if one of the choices is close to the word, else ""."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# What people bring from transformers and vLLM, and what to do instead. {value} is what they gave.
+_UNQUANTISED = (
+    "minqwen computes with unquantised weights: to save room use dtype='bfloat16' or "
+    "offload='memory'"
+)
+_ONE_WAY = "there is only one way here: leave it out"
+_NO_DOWNLOAD = "minqwen downloads nothing: give the directory of a checkpoint"
+OF_OTHERS = {
+    "torch_dtype": "use dtype='{value}'",
+    "device_map": "use device='cpu' or device='cuda'",
+    "load_in_8bit": _UNQUANTISED,
+    "load_in_4bit": _UNQUANTISED,
+    "quantization": _UNQUANTISED,
+    "quantization_config": _UNQUANTISED,
+    "tensor_parallel_size": "start the script with torchrun --nproc-per-node {value}",
+    "cpu_offload_gb": "use offload='memory'",
+    "attn_implementation": _ONE_WAY,
+    "enforce_eager": _ONE_WAY,
+    "trust_remote_code": _ONE_WAY,
+    "use_cache": _ONE_WAY,
+    "kv_cache_dtype": "the cache has the model's dtype: leave it out",
+    "revision": _NO_DOWNLOAD,
+    "cache_dir": _NO_DOWNLOAD,
+    "download_dir": _NO_DOWNLOAD,
+    "token": _NO_DOWNLOAD,
+}
+
+
+def refuse_unknown_arguments(given: Mapping[str, object], known: Iterable[str]) -> None:
+    """Raise ConfigError for a keyword argument that is not known: it says what to use instead."""
+    names = sorted(known)
+    for name, value in given.items():
+        if name in OF_OTHERS:
+            hint = OF_OTHERS[name].format(value=printable(str(value).removeprefix("torch.")))
+            raise ConfigError(f"there is no argument {name!r}: {hint}")
+        if name not in names:
+            raise ConfigError(
+                f"there is no argument {name!r}, expected one of {', '.join(names)}"
+                f"{did_you_mean(name, names)}"
+            )

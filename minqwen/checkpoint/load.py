@@ -11,11 +11,14 @@ from tqdm import tqdm
 from minqwen.checkpoint.offload import OFFLOADS, LayerStream, is_layer
 from minqwen.checkpoint.reader import Checkpoint
 from minqwen.checkpoint.weight_files import DTYPES
-from minqwen.checks import did_you_mean
+from minqwen.checks import did_you_mean, refuse_unknown_arguments
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.model import ARITHMETICS, Exact, Native, Qwen2
 from minqwen.parallel import SINGLE, Mesh, Shard, check_degree, shard
+
+# Keywords of `load_pretrained`.
+OPTIONS = ("dtype", "device", "arithmetic", "mesh", "check_finite", "progress", "offload")
 
 
 def load_pretrained(
@@ -28,6 +31,7 @@ def load_pretrained(
     check_finite: bool = False,
     progress: bool = False,
     offload: str | None = None,
+    **unknown: object,
 ) -> Qwen2:
     """The model in `path`, a directory with config.json and safetensors files, on this rank.
 
@@ -38,6 +42,7 @@ def load_pretrained(
     At no time is more than this rank's weights and one tensor held. Raises CheckpointError,
     ConfigError, ParallelError, before any weight is read where that can be known before.
     """
+    refuse_unknown_arguments(unknown, OPTIONS)
     check_options(dtype=dtype, device=device, arithmetic=arithmetic, offload=offload)
     checkpoint = Checkpoint(path)
     config = checkpoint.config

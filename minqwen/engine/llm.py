@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from minqwen.checkpoint import Checkpoint, load_pretrained
-from minqwen.checkpoint.load import check_options, resolve_dtype
+from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
 from minqwen.checks import is_integer, optional_integer
 from minqwen.config import GenerationDefaults, ModelConfig
 from minqwen.engine.blocks import BlockPool
@@ -39,10 +40,7 @@ from minqwen.tokenizer.chat import KEYWORDS, refuse_unknown
 Prompt = str | Sequence[int] | Any  # Any: an array or a tensor of token ids, which has `tolist`
 Message = dict[str, Any]
 Hooks = Sequence[tuple[Names, Hook]]
-LOADING_OPTIONS = (
-    *("tokenizer", "dtype", "device", "arithmetic", "mesh"),
-    *("offload", "check_finite", "seed", "progress"),
-)
+LOADING_OPTIONS = (*OPTIONS, "tokenizer", "seed")
 
 
 class LLM:
@@ -50,7 +48,7 @@ class LLM:
 
     model: a Hugging Face safetensors directory; then dtype, device, arithmetic, offload and
     check_finite are as in `checkpoint.load_pretrained`. Or a `Qwen2`; then these are its own, and
-    `tokenizer` must be given where text comes in or goes out. options: those of
+    `tokenizer`, or its directory, must be given where text comes in or goes out. options: those of
     `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks, kv_cache_bytes,
     gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching). seed: of
     requests that have none of their own; None draws one.
@@ -61,7 +59,7 @@ class LLM:
         self,
         model: str | Path | Qwen2,
         *,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         arithmetic: str | None = None,
@@ -72,20 +70,19 @@ class LLM:
         progress: bool = False,
         **options: Any,
     ):
+        self.name = "" if isinstance(model, Qwen2) else directory_name(model)
         self.options = EngineOptions.of(options, LOADING_OPTIONS)
         optional_integer("seed", seed, 0)
         if isinstance(model, Qwen2):
             refuse_loading_options(
-                {
-                    "dtype": None if dtype == "auto" else dtype,
-                    "device": device,
-                    "arithmetic": arithmetic,
-                    "mesh": mesh,
-                    "offload": offload,
-                    "check_finite": check_finite or None,
-                }
+                dtype=None if dtype == "auto" else dtype,
+                device=device,
+                arithmetic=arithmetic,
+                mesh=mesh,
+                offload=offload,
+                check_finite=check_finite or None,
             )
-            self.model, self.mesh, self.tokenizer = model, model.mesh, tokenizer
+            self.model, self.mesh, self.tokenizer = model, model.mesh, opened(tokenizer)
             self.defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
         else:
             arithmetic = arithmetic or "native"
@@ -96,7 +93,7 @@ class LLM:
             check_degree(config, self.mesh.size)
             of_model = resolve_dtype(dtype, config)
             check_cache_asked_for(self.options, config, of_model, self.mesh.size)
-            self.tokenizer = tokenizer or Tokenizer.from_dir(model)
+            self.tokenizer = opened(tokenizer) or Tokenizer.from_dir(model)
             self.defaults = GenerationDefaults.from_dir(model, config)
             self.model = load_pretrained(
                 model,
@@ -121,6 +118,15 @@ class LLM:
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    def __repr__(self) -> str:
+        """The model, and how much the engine holds, in one line."""
+        pool, name = self.core.pool, f"{self.name}: " if self.name else ""
+        return (
+            f"LLM({name}{self.model.extra_repr()}; context of {self.max_model_len} tokens, "
+            f"cache of {pool.num_blocks} blocks of {pool.block_size}"
+            f"{'' if self.tokenizer else '; no tokenizer'})"
+        )
 
     # ---- what callers use -----------------------------------------------------------------------
 
@@ -480,7 +486,25 @@ class LLM:
         return int(self.mesh.broadcast(seed))
 
 
-def refuse_loading_options(given: dict[str, Any]) -> None:
+def directory_name(model: object) -> str:
+    """The name of a model's directory. Raises ConfigError for what is neither that nor a Qwen2."""
+    if isinstance(model, (str, os.PathLike)):
+        return Path(model).resolve().name
+    raise ConfigError(f"model is a {type(model).__name__}: expected a directory or a Qwen2")
+
+
+def opened(tokenizer: Tokenizer | str | os.PathLike[str] | None) -> Tokenizer | None:
+    """The tokenizer, or the one in that directory. Raises MinqwenError for anything else."""
+    if isinstance(tokenizer, (str, os.PathLike)):
+        return Tokenizer.from_dir(tokenizer)
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    raise ConfigError(
+        f"tokenizer is a {type(tokenizer).__name__}: expected a Tokenizer or the directory of one"
+    )
+
+
+def refuse_loading_options(**given: object) -> None:
     """Raise ConfigError for options of loading beside a model that is loaded already."""
     for name, value in given.items():
         if value is not None:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from minqwen.checkpoint.offload import LAYERS_HELD
-from minqwen.checks import boolean, did_you_mean, dtype_name, integer, number, optional_integer
+from minqwen.checks import (
+    boolean,
+    dtype_name,
+    integer,
+    number,
+    optional_integer,
+    refuse_unknown_arguments,
+)
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.model import Qwen2
@@ -60,18 +67,12 @@ class EngineOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], others: Sequence[str] = ()) -> EngineOptions:
-        """From keyword arguments; an unknown one is refused with the nearest name.
+        """From keyword arguments; an unknown one is refused with what to use instead.
 
         others: names that the caller takes besides these.
         """
         own = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in own:
-                known = sorted([*own, *others])
-                raise ConfigError(
-                    f"there is no argument {name!r}, expected one of {', '.join(known)}"
-                    f"{did_you_mean(name, known)}"
-                )
+        refuse_unknown_arguments(options, [*own, *others])
         return cls(**options)
 
     def check(self, config: ModelConfig) -> None:
