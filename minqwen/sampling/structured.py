@@ -280,11 +280,15 @@ class Constraint:
         return self.ended or (self.matcher.is_stopped() and self.matcher.is_accepting())
 
     def mask(self) -> Tensor:
-        """bool [V] on the CPU, True where a token may come next."""
-        return torch.from_numpy(self.allowed())
+        """bool [V] on the CPU, True where a token may come next. SamplingError if none may."""
+        allowed = self.allowed()
+        if not allowed.any():
+            why = self._reason()
+            raise SamplingError(f"structured_outputs is at a dead end: no token can follow{why}")
+        return torch.from_numpy(allowed)
 
     def allowed(self) -> NDArray[np.bool_]:
-        """The same for numpy."""
+        """The same for numpy, and without the error."""
         allowed = np.zeros(self.vocab_size, bool)
         if not self.ended and not self.matcher.is_stopped():
             self.matcher.unsafe_compute_mask_ptr(self.bits.ctypes.data, self.bits.nbytes)
@@ -303,5 +307,5 @@ class Constraint:
 
     def _reason(self) -> str:
         """llguidance's reason for refusing a token, in one line, if it gives one."""
-        why = " ".join(self.matcher.get_error().split())[:200]
+        why = " ".join(self.matcher.get_error().partition("<state>")[0].split())[:200]
         return f": {why}" if why else ""

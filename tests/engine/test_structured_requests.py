@@ -6,13 +6,16 @@ import pytest
 from support.engine import GREEDY, PROMPTS, idle, run_to_end
 
 from minqwen import LLM, SamplingParams
-from minqwen.errors import SamplingError
+from minqwen.errors import RequestError, SamplingError
 from minqwen.model import Qwen2
 from minqwen.sampling.structured import StructuredOutputs
 
 # llguidance's dates have a 29th of February in every year; jsonschema's have not.
 NO_DAY = StructuredOutputs(json={"type": "string", "format": "date", "pattern": "^2023-02-29$"})
 NUMBERS = StructuredOutputs(json={"type": "array", "items": {"enum": [1, 20, 300]}, "maxItems": 3})
+
+
+DEAD_END = StructuredOutputs(grammar='start: "x" T\nT: /a/ & /b/')
 
 
 @pytest.fixture
@@ -40,6 +43,21 @@ def test_a_text_that_does_not_fit_is_an_error_of_its_request_alone(llm, oracle, 
     assert {c.finish_reason for c in outputs[bad].outputs} == {"error"}
     assert outputs[good].error is None and json.loads(outputs[good].outputs[0].text) is not None
     assert outputs[plain].outputs[0].token_ids == oracle[0] and idle(llm)
+
+
+@pytest.mark.parametrize(
+    "spec, why", [(DEAD_END, "dead end: no token can follow"), (NO_DAY, "does not fit its schema")]
+)
+def test_generate_keeps_the_outputs_of_those_beside_it(llm, oracle, spec, why):
+    plain = SamplingParams(max_tokens=24, **GREEDY)
+    params = [plain, structured(spec), structured(NUMBERS)]
+    with pytest.raises(RequestError, match=why) as error:
+        llm.generate([PROMPTS[0], PROMPTS[1], PROMPTS[2]], params, use_tqdm=False)
+    first, second, third = error.value.outputs
+    assert first.outputs[0].token_ids == oracle[0] and first.error is None
+    assert why in second.error and "\n" not in second.error
+    assert isinstance(json.loads(third.outputs[0].text), list) and third.error is None
+    assert idle(llm)
 
 
 def test_a_text_that_is_cut_is_not_checked(llm):

@@ -53,13 +53,12 @@ class Writer:
     def walk(self, schema: dict[str, Any], seed: int, limit: int = 200) -> str | None:
         """A text of random bytes that the mask allows; None where it is cut at the limit.
 
-        AssertionError at a dead end.
+        SamplingError at a dead end.
         """
         rng, constraint, ids = random.Random(seed), self.begin(schema), list[int]()
         closing = {self.id_of[mark] for mark in (b'"', b"}", b"]")} | {END}
         while not constraint.finished:
             allowed = constraint.mask().nonzero()[:, 0].tolist()
-            assert allowed, f"dead end after {self.tokenizer.decode(ids)!r} of {schema}"
             if len(ids) == limit:
                 return None
             ends = [token for token in allowed if token in closing]
