@@ -31,8 +31,9 @@ NOT_TOGETHER = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled: vLLM's fields, names and defaults. Raises SamplingError.
+    """How one request is sampled. Raises SamplingError.
 
+    Names and defaults are vLLM's, except that max_tokens is 256, not 16.
     top_k 0 or -1, top_p 1, min_p 0 and the neutral penalties switch a step off; temperature 0 is
     greedy. max_tokens None is the rest of the context, or of the checkpoint's max_length. logprobs
     N asks for the chosen token and the N likeliest (-1: all). stop, stop_token_ids, bad_words and
