@@ -49,7 +49,6 @@ class Report:
     def __init__(self, file: str | None):
         self.file, self.began = file, time.perf_counter()
         self.machine: dict[str, str] = {}
-        self.digests: dict[str, str] = {}
         self.outcomes: list[Outcome] = []
 
     def show(self, outcome: Outcome) -> None:
@@ -67,10 +66,24 @@ class Report:
             print(f"             {sentence}", flush=True)
 
     def show_all(self, outcomes: Iterable[Outcome]) -> None:
-        """One line after the other, as the outcomes come; then the file, as far as we are."""
-        for outcome in outcomes:
-            self.show(outcome)
+        """One line after the other, as the outcomes come; then the file, as far as we are.
+
+        What raises is told, and the next section begins: a new machine may have several faults.
+        """
+        try:
+            for outcome in outcomes:
+                self.show(outcome)
+        except MinqwenError:
+            raise
+        except Exception as error:
+            line = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            self.show(Outcome("section", "the rest of it", against=["itself"], differences=[line]))
         self.write()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The fingerprints by dtype."""
+        return {each.name: each.note for each in self.outcomes if each.family == "fingerprint"}
 
     @property
     def seconds(self) -> float:
@@ -147,10 +160,7 @@ def examine(report: Report, model: Path, device: str, quick: bool) -> None:
     if device != "cpu":
         report.show_all(examine_device(Size() if quick else LARGE, device))
     report.show_all(examine_cpu(QUICK if quick else Size()))
-    for digest, outcome in fingerprints(model, device, frozen_fingerprints(model)):
-        report.digests[outcome.name] = digest
-        outcome.note = digest
-        report.show(outcome)
+    report.show_all(fingerprints(model, device, frozen_fingerprints(model)))
     report.show_all(in_any_company(model, device))
     report.show_all(on_ranks(model, ROOT / "tools" / "golden.py"))
     report.show_all(beside_transformers(model, device))

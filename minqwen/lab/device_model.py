@@ -26,20 +26,21 @@ RANKS = 2  # processes of `on_ranks`
 BLOCK_SIZE = 16
 
 
-def fingerprints(
-    path: str | Path, device: str, frozen: Mapping[str, str]
-) -> Iterator[tuple[str, Outcome]]:
-    """(digest, outcome) for each storage dtype: on the CPU, on the device, and as it was frozen."""
+def fingerprints(path: str | Path, device: str, frozen: Mapping[str, str]) -> Iterator[Outcome]:
+    """One for each storage dtype: on the CPU, on the device, and as it was frozen.
+
+    The digest is the outcome's note.
+    """
     for dtype in STORAGE:
         began, name = time.perf_counter(), dtype_name("dtype", dtype)
         here = fingerprint(path, dtype, device="cpu")
-        outcome = Outcome("fingerprint", name)
+        outcome = Outcome("fingerprint", name, note=here)
         if name in frozen:
             note_digest(outcome, "the frozen one", frozen[name], here)
         if device != "cpu":
             note_digest(outcome, device, fingerprint(path, dtype, device=device), here)
         outcome.seconds = time.perf_counter() - began
-        yield here, outcome
+        yield outcome
 
 
 def note_digest(outcome: Outcome, what: str, other: str, here: str) -> None:

@@ -21,10 +21,11 @@ def model_dir(tmp_path_factory):
 def test_a_fingerprint_is_compared_with_the_frozen_one(model_dir):
     right = fingerprint(model_dir, "float32")
     frozen = {"float32": right, "bfloat16": "0" * 64}
-    (a, single), (b, half), (c, other) = fingerprints(model_dir, "cpu", frozen)
-    assert a == right and single.holds and single.against == ["the frozen one"]
-    assert half.differences == [f"the frozen one: {'0' * 64}, not {b}"]
-    assert other.against == [] and other.name == "float16" and len({a, b, c}) == 3
+    single, half, other = fingerprints(model_dir, "cpu", frozen)
+    assert single.note == right and single.holds and single.against == ["the frozen one"]
+    assert half.differences == [f"the frozen one: {'0' * 64}, not {half.note}"]
+    assert other.against == [] and other.name == "float16"
+    assert len({single.note, half.note, other.note}) == 3
 
 
 def test_exact_logits_are_the_same_in_any_company_and_native_is_the_control(model_dir):

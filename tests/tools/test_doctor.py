@@ -49,6 +49,16 @@ def test_a_machine_with_a_fault_gets_exit_code_1_and_the_first_difference(tmp_pa
     assert sum(bool(check["differences"]) for check in report["checks"]) == len(wrong)
 
 
+def test_a_section_that_raises_is_told_and_the_others_run(tmp_path):
+    write(tmp_path / "model")
+    with mock.patch.object(Exact, "silu_mul", None):
+        done = run_tool_here("doctor.py", "--quick", "--model", tmp_path / "model")
+    assert done.code == 1
+    assert "the CPU: raises TypeError" in done.out
+    assert "DIFF section: the rest of it" in done.out
+    assert "ok   model: native float32 beside transformers" in done.out
+
+
 @pytest.mark.parametrize(
     "args, expected",
     [
