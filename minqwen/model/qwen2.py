@@ -268,7 +268,10 @@ class Qwen2(nn.Module):
         model = cls(config, arithmetic=arithmetic, dtype=dtype, device="meta", mesh=mesh)
         for name in filter(only, config.parameter_shapes()):
             value = read(name, shard(name, config, mesh.rank, mesh.size))
-            model.set_parameter(name, value.to(device=device, dtype=dtype))
+            value = value.to(device=device, dtype=dtype)
+            if value.device.type == "cpu" and value.data_ptr() % 64:
+                value = value.clone()  # where a weight lies can decide how one row's product rounds
+            model.set_parameter(name, value)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.prepare()

@@ -9,6 +9,8 @@ import torch
 from support.qwen2 import cast, differences, oracle, ours, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minqwen import Qwen2
+
 PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default")
 CORNER = list(itertools.product(range(1, 5), range(1, 5)))  # B, T
 SHAPES = [  # hidden, intermediate, head_dim
@@ -109,3 +111,13 @@ def test_transformers_is_equal_where_its_weights_lie_at_multiples_of_16_bytes(sh
             assert not differences(moved(hf, count), model, ids), (B, T, count)
         if B * T > 1:
             assert not differences(moved(hf, 2), model, ids), (B, T)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_tensors_at_any_address_make_the_same_model(shape):
+    """`safe_open` hands out tensors that lie in the mapped file, at any multiple of 8 bytes."""
+    hf = narrow(shape, 2)
+    model, ids = ours(hf), tokens(hf, 1, 1)
+    state = moved(hf, 2).state_dict()
+    again = Qwen2.from_tensors(model.config, lambda name, shard: state[name])
+    assert torch.equal(again(ids), model(ids))
