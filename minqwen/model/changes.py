@@ -59,11 +59,7 @@ class Changes:
 
     def _remember(self, interventions: list[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
         """Whether this differs from what is remembered, which it then replaces."""
-        weights = [x.data_ptr() for x in tensors]
-        try:
-            weights += [x._version for x in tensors]
-        except RuntimeError:  # some were made in inference mode
-            weights += [version(x) for x in tensors]
+        weights = _places_and_versions(tensors)
         if (
             weights == self.weights
             and parts == self.parts
@@ -88,6 +84,15 @@ class Changes:
         Hooks and a replaced `forward` may do something else at every call.
         """
         return bool(self.interventions) or self.uncounted
+
+
+def _places_and_versions(tensors: list[Tensor]) -> list[int]:
+    """Where the tensors' values are, and how often they were written to."""
+    places = [x.data_ptr() for x in tensors]
+    try:
+        return places + [x._version for x in tensors]
+    except RuntimeError:  # some were made in inference mode
+        return places + [version(x) for x in tensors]
 
 
 def _interventions(module: dict[str, Any], own_hooks: set[int]) -> list[Any]:

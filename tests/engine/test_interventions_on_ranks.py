@@ -41,6 +41,18 @@ while llm.has_unfinished_requests:
     outputs = [d.output for d in llm.step() if d.output]
 told.append([outputs[0].outputs[0].token_ids, outputs[0].num_cached_tokens])
 ask()
+
+def broken(x, name):
+    if mine == 1 and x.shape[1] == 1:
+        raise KeyError("no such feature")
+
+failed = llm.add_request(ids, few, hooks=[("layers.0.mlp.out", broken)])
+beside = llm.add_request(ids, few)
+outputs = {}
+while llm.has_unfinished_requests:
+    outputs |= {d.request_id: d.output for d in llm.step() if d.output}
+assert outputs[failed].error and len(outputs[failed].outputs[0].token_ids) == 1, outputs
+told.append([outputs[beside].outputs[0].token_ids, 0])
 sys.stdout.write(f"rank {mine}: {json.dumps(told)}\\n")  # at once: the other rank writes too
 """
 
@@ -66,6 +78,7 @@ def test_a_change_on_one_rank_is_a_change_for_all():
         weight[:, weight.shape[1] // 2 :].zero_()
     changed = ask()
     # The running request had begun with the changed model's blocks, and was computed again.
-    want += [changed, [changed[0], 0], [changed[0], 0]]
+    # The last one ran beside a request whose hook failed on one rank, and so on both.
+    want += [changed, [changed[0], 0], [changed[0], 0], [changed[0], 0]]
     assert told["rank 0"] == want
     assert want[0][0] != want[1][0] and want[0][0] != changed[0] and want[2][1] == 32
