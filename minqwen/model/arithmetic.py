@@ -10,6 +10,7 @@ overrides some of these methods: `Exact` in exact.py, for example.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,9 +32,12 @@ class Linear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     mesh = SINGLE  # the ranks that hold the other columns of this weight's rows
-    # Set by exact arithmetic's `prepare`: which weight it has prepared, in which version; and in a
-    # row-parallel layer which of its columns are not all zero (None: all).
+    # Set by exact arithmetic's `prepare`: which weight it has prepared, in which version; whether
+    # its values are bfloat16's; powers of two by which its inputs' columns differ (None: by none);
+    # and in a row-parallel layer which of its columns are not all zero (None: all).
     prepared: tuple[nn.Parameter, int] | None = None
+    narrow = False
+    scale: Tensor | None
     live: Tensor | None
 
     def __init__(
@@ -46,6 +50,7 @@ class Linear(nn.Module):
     ):
         super().__init__()
         self.ops = ops
+        self.register_buffer("scale", None, persistent=False)
         self.register_buffer("live", None, persistent=False)
         weight = torch.empty(out_features, in_features, **factory)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -94,14 +99,21 @@ class Native:
     def check(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
         """Raise ConfigError, before any weight is read, for a model that cannot be computed."""
 
-    def prepare(self, linear: Linear, mesh: Mesh) -> None:
-        """Make a weight ready, once, at load. `mesh`: the ranks with the rows' other columns."""
+    def prepare(self, linears: Sequence[Linear], mesh: Mesh) -> None:
+        """Make the weights of linear layers with one input ready, once, at load.
+
+        mesh: the ranks that hold the model.
+        """
 
     def rotary_table(
         self, config: ModelConfig, length: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """cos and sin of positions 0..length-1, [length, d] each."""
         return rotary_table(config, length, dtype)
+
+    def attention_scale(self, head_dim: int) -> float:
+        """The factor of the scores."""
+        return float(head_dim**-0.5)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """x W^T + b with one rounding. [T, in] -> [T, out]."""
@@ -184,6 +196,20 @@ class Native:
         """The same for new tokens against their whole context, which the cache then holds."""
         cache.write(layer, batch.slots, *self.cached(k, v))
         return paged_attention(self.attend, q, batch, scale, tap, cache, layer)
+
+    # ---- from logits to a token
+
+    def exp(self, x: Tensor) -> Tensor:
+        """e^x of float64 x, which may be written to."""
+        return x.exp_()
+
+    def total(self, weights: Tensor) -> Tensor:
+        """The sum over the last dimension of float64 numbers from 0 to 1. [..., n] -> [...]"""
+        return weights.sum(-1)
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Logarithms of the probabilities, over the last dimension, in float32 or float64."""
+        return logits.log_softmax(-1)
 
 
 def head_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ sum, in bits:
 
     sum                   terms are multiples of                       largest sum
     linear                |x| 2^-27 times |w| 2^-26, per row           27 + 26 = 53
+      of bfloat16 values  |x| 2^-28 times |w| 2^-25                    28 + 25 = 53
     scores q . k          |q| 2^-27 times |k| 2^-26, per head          27 + 26 = 53
-    softmax denominator   2^-36; terms at most 1; 2^17 keys            36 + 17 = 53
-    pattern . v           2^-29 (a row adds up to 1) times             29 + 23 < 53
-                          2^-23 of v's largest entry, per token
+    sum of exponentials   2^-35; terms at most 1; 2^18 terms           35 + 18 = 53
+      the rest of them    2^-70; at most 2^-36; 2^18 terms             70 - 36 + 18 = 52
+    pattern . v           2^-26 (a row adds up to 1) times             26 + 26 < 53
+                          2^-26 of v's largest entry, per token
+      the rest of it      2^-37; at most 2^-27; 2^17 keys              37 - 27 + 17 + 26 = 53
     sums of squares       2^-38 of the largest; 2^15 terms             38 + 15 = 53
 
 (Pre-rounding: Demmel and Hida 2004; Rump, Ogita and Oishi 2008; Ozaki et al. 2012,
@@ -29,6 +32,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from fractions import Fraction
 
@@ -39,14 +43,18 @@ from torch import Tensor, nn
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError, MinqwenError
 from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
+from minqwen.model.attention import weighted_values
 from minqwen.model.rope import inverse_frequencies
 from minqwen.model.trace import Tap
 from minqwen.parallel import SINGLE, Mesh
 
 X_BITS, W_BITS = 27, 26  # a linear's input and weight
+# The same where weights are bfloat16 values. Their 8 bits of mantissa fit into fewer bits below the
+# norm, but for the smallest of them; the input gets the bits that are left.
+X_BITS_BFLOAT16, W_BITS_BFLOAT16 = 28, 25
 Q_BITS, K_BITS = 27, 26
-EXP_BITS, CONTEXT = 36, 1 << 17
-P_BITS, V_BITS = 29, 23
+EXP_BITS, EXP_BITS_LOW, TERMS = 35, 70, 1 << 18
+P_BITS, P_BITS_LOW, V_BITS, CONTEXT = 26, 37, 26, 1 << 17
 SQUARE_BITS, WIDTH = 38, 1 << 15
 
 # float64 numbers for each thread to work on at a time: a chain of operations then stays in a CPU's
@@ -93,8 +101,13 @@ def snap_below_norm(x: Tensor, bits: int, mesh: Mesh = SINGLE) -> Tensor:
     have squares on a 2^-38 grid. The margin of 2^-8 covers what both snaps can add, which is less
     than 2^-11 of the norm for 2^15 entries.
     """
-    wide, rows = widened(x), rows_at_once(x)
-    top = pow2(mesh.all_reduce(x.abs().amax(-1, keepdim=True).double(), "max"))
+    return snap_in_place(widened(x), bits, mesh)
+
+
+def snap_in_place(wide: Tensor, bits: int, mesh: Mesh = SINGLE) -> Tensor:
+    """`snap_below_norm` of a float64 tensor that may be written to."""
+    rows = rows_at_once(wide)
+    top = pow2(mesh.all_reduce(wide.abs().amax(-1, keepdim=True), "max"))
     square = torch.empty_like(top)
     for some, unit, total in zip(
         wide.split(rows), (top * 2.0**-19).split(rows), square.split(rows)
@@ -145,7 +158,9 @@ COTH = [float(b / math.factorial(2 * n)) for n, b in enumerate(BERNOULLI, 1)]
 
 
 def exp(x: Tensor) -> Tensor:
-    """e^x of float64 x, within 2.3e-16 of the truth for -708 <= x <= 709, clamped there.
+    """e^x of float64 x, within 2.3e-16 of the truth for -708 <= x <= 709.
+
+    It is 0 below, where a key is hidden or a token banned, and e^709 above.
 
     exp(0) is 1. x = n ln 2 + r with |r| <= ln 2 / 2, e^r = 1 + r / ((r/2) coth(r/2) - r/2), and n
     goes into the exponent bits. There are only separate IEEE operations, or exact products, which a
@@ -171,6 +186,7 @@ def _exp_into(x: Tensor, y: Tensor) -> None:
     y.add_(1.0).sub_(r, alpha=0.5)
     torch.div(r, y, out=y).add_(1.0)
     y.view(torch.int64).add_(n.view(torch.int64).bitwise_left_shift_(52))
+    y.masked_fill_(x < -708.0, 0.0)
 
 
 def sqrt(a: Tensor) -> Tensor:
@@ -258,14 +274,36 @@ class Exact(Native):
         self.ranks = mesh.size
 
     @torch.no_grad()
-    def prepare(self, linear: Linear, mesh: Mesh) -> None:
-        """Snap the weight, row by row, to |w| 2^-26.
+    def prepare(self, linears: Sequence[Linear], mesh: Mesh) -> None:
+        """Snap the weights, row by row, to |w| 2^-26, or 2^-25 where they are bfloat16 values.
+
+        What chooses a grid must be the same on every rank and for every number of padded heads.
+        So all ranks are asked, and of several linears the first is not: q_proj's rows may be new.
+        """
+        asked = [linear.weight for linear in linears[1:] or linears]
+        wider = torch.tensor(float(not all(map(is_bfloat16, asked))), device=asked[0].device)
+        narrow = mesh.all_reduce(wider, "max").item() == 0
+        scale = None if isinstance(linears[0], RowParallelLinear) else column_scale(asked, mesh)
+        for linear in linears:
+            linear.narrow = narrow
+            linear.register_buffer("scale", scale, persistent=False)
+            self._snap(linear)
+
+    def _snap(self, linear: Linear) -> None:
+        """Snap a weight, and keep it in float64 if that fits.
 
         It stays representable in its dtype: no bits are added. It is snapped twice, because the
         norm of what is snapped can pass a power of two that the norm before did not pass. After
         that nothing changes if this is called again.
         """
-        wide = snap_below_norm(snap_below_norm(linear.weight, W_BITS, mesh), W_BITS, mesh)
+        bits = W_BITS_BFLOAT16 if linear.narrow else W_BITS
+        wide = widened(linear.weight)
+        if linear.scale is not None:
+            wide.mul_(linear.scale)
+        for _ in range(2):
+            wide = snap_in_place(wide, bits, linear.mesh)
+        if linear.scale is not None:
+            wide.div_(linear.scale)
         self.widened_bytes += wide.nbytes
         fits = self.widened_bytes <= memory(wide.device, self.ranks) // 2
         if not (fits if self.widen is None else self.widen):
@@ -302,6 +340,12 @@ class Exact(Native):
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         return (cos * factor).to(dtype), (sin * factor).to(dtype)
 
+    def attention_scale(self, head_dim: int) -> float:
+        """1 / sqrt(head_dim), rounded once: Python's ** is the C library's, which may err."""
+        with localcontext() as context:
+            context.prec = 50
+            return float(1 / Decimal(head_dim).sqrt())
+
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         return self.row_parallel_linear(x, linear, SINGLE)
 
@@ -318,7 +362,7 @@ class Exact(Native):
             # Only row-parallel layers have this. There every rank holds all rows of its columns.
             # In the others a column may be zero in the rows of one rank and not of another.
             x = x.where(linear.live, 0.0)
-        y = mesh.all_reduce(product(snap_below_norm(x, X_BITS, mesh), linear.weight))
+        y = mesh.all_reduce(product(snapped_input(x, linear, mesh), linear.weight))
         if linear.bias is None:
             # A sum of nothing but -0 depends on the kernel; -0 + 0 = 0.
             return y.to(x.dtype).add_(0.0)
@@ -340,12 +384,12 @@ class Exact(Native):
         return act.mul_(up)
 
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k snapped to |k| 2^-26, v to 2^-23 of its largest entry.
+        """k snapped to |k| 2^-26, v to 2^-26 of its largest entry.
 
         Both stay representable in their dtype.
         """
         wide = v.double()
-        wide = snap(wide, pow2(wide.abs().amax(-1, keepdim=True)) * 2.0**-V_BITS)
+        wide = snap(wide, pow2(largest_finite(wide)) * 2.0**-V_BITS)
         return snap_below_norm(k, K_BITS).to(k.dtype), wide.to(v.dtype)
 
     def attend(
@@ -354,22 +398,62 @@ class Exact(Native):
         """As Native's; k and v come from `cached`, scores and pattern are float64.
 
         Every token's v is scaled to [-1, 1], and its scale is moved into the pattern: then all
-        tokens have one unit.
+        tokens have one unit. The pattern is the sum of two terms, each with a grid of its own: one
+        would lose too much of a pattern that is spread over many keys.
         """
         within(k.shape[-2], CONTEXT, "the context")
         scores = torch.matmul(snap_below_norm(q, Q_BITS), k.double().transpose(-1, -2)).mul_(scale)
         if hidden is not None:
             scores[..., -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
         scores = tap("attn.scores", scores).double()
-        p = snap(exp(scores - scores.amax(-1, keepdim=True)), 2.0**-EXP_BITS)
-        pattern = tap("attn.pattern", p.mul_(p.sum(-1, keepdim=True).reciprocal())).double()
+        p = exp(scores - scores.amax(-1, keepdim=True))
+        pattern = tap("attn.pattern", p.mul_(sum_of_exps(p).reciprocal())).double()
         wide = widened(v)
-        tops = pow2(wide.abs().amax(-1, keepdim=True)).clamp_min_(2.0**-200)  # [N, heads, L, 1]
+        tops = pow2(largest_finite(wide)).clamp_min_(2.0**-200)  # [N, heads, L, 1]
         wide.div_(tops)
         tops = tops.transpose(-1, -2)  # [N, heads, 1, L]
         top = _largest_seen(tops, hidden)
-        z = torch.matmul(snap(pattern * (tops / top), 2.0**-P_BITS), wide)
-        return z.mul_(top).to(q.dtype).add_(0.0)
+        z = weighted_values(_in_two_terms, pattern * (tops / top), wide, hidden).mul_(top)
+        # Infinity or NaN, or which NaN, may depend on what else was multiplied.
+        return z.masked_fill_(~z.isfinite(), math.nan).to(q.dtype).add_(0.0)
+
+    def exp(self, x: Tensor) -> Tensor:
+        return exp(x)
+
+    def total(self, weights: Tensor) -> Tensor:
+        return sum_of_exps(weights)[..., 0]
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """As Native's, in float64."""
+        wide = logits.double()
+        wide = wide - wide.amax(-1, keepdim=True)
+        sums = sum_of_exps(exp(wide))
+        logs = [log(x) if math.isfinite(x) else x for x in sums.flatten().tolist()]
+        return wide.sub_(torch.tensor(logs, dtype=torch.float64, device=wide.device).view_as(sums))
+
+
+def _in_two_terms(pattern: Tensor, v: Tensor) -> Tensor:
+    """pattern v with exact sums: [..., R, L], [..., L, d] -> [..., R, d], v at most 1."""
+    high = snap(pattern, 2.0**-P_BITS)
+    low = snap(pattern - high, 2.0**-P_BITS_LOW)
+    high, low = torch.matmul(torch.cat((high, low), -2), v).tensor_split(2, -2)
+    return high + low
+
+
+def largest_finite(x: Tensor) -> Tensor:
+    """The largest finite |x| of each row, [..., 1]: what is not finite spoils only its channel."""
+    return x.abs().nan_to_num_(0.0, 0.0).amax(-1, keepdim=True)
+
+
+def sum_of_exps(p: Tensor) -> Tensor:
+    """The sum of float64 numbers from 0 to 1 over the last dimension, which is kept.
+
+    Each number is the sum of two, which lie on a grid of their own and have an exact sum.
+    """
+    within(p.shape[-1], TERMS, "the number of exponentials")
+    high = snap(p, 2.0**-EXP_BITS)
+    low = snap(p - high, 2.0**-EXP_BITS_LOW)
+    return high.sum(-1, keepdim=True).add_(low.sum(-1, keepdim=True))
 
 
 def _largest_seen(tops: Tensor, hidden: Tensor | None) -> Tensor:
@@ -379,6 +463,49 @@ def _largest_seen(tops: Tensor, hidden: Tensor | None) -> Tensor:
     for_all, last = tops.tensor_split([tops.shape[-1] - hidden.shape[-1]], -1)
     of_all = F.pad(for_all, (1, 0)).amax(-1, keepdim=True)
     return of_all.maximum(last.masked_fill(hidden, 0.0).amax(-1, keepdim=True))
+
+
+def is_bfloat16(weight: Tensor) -> bool:
+    """Whether all values are bfloat16's."""
+    return weight.dtype == torch.bfloat16 or torch.equal(weight.bfloat16().to(weight.dtype), weight)
+
+
+def column_scale(weights: Sequence[Tensor], mesh: Mesh) -> Tensor | None:
+    """Powers of two [in] that bring the columns of weights [out, in] to about one size, or None.
+
+    Where a checkpoint has a channel that is large in the norm's weight and small in the columns
+    that read it, a grid below the row's norm would lose the other channels. The size of a column is
+    the largest share that it has in a row, on any rank, over the median of all columns. None: no
+    column needs a scale.
+    """
+    parts = [column_shares(weight) for weight in weights]
+    size = mesh.all_reduce(torch.stack(parts).amax(0), "max")
+    # The power of two nearest in the logarithm.
+    scale = pow2(size / size.median() * 0.7071067811865476).reciprocal()
+    scale = scale.where(scale.isfinite() & (scale > 0), 1.0)
+    return None if bool((scale == 1).all()) else scale
+
+
+def column_shares(weight: Tensor) -> Tensor:
+    """The largest entry of each column of weight [out, in], its rows scaled alike. float64 [in]"""
+    size = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in weight.split(max(1, (1 << 20) // weight.shape[1])):
+        wide = rows.double().abs()
+        top = pow2(wide.amax(-1, keepdim=True)).clamp_min_(2.0**-200)
+        size = size.maximum(wide.div_(top).amax(0))
+    return size
+
+
+def snapped_input(x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
+    """x [T, in] snapped below its rows' norms, in float64.
+
+    If the columns have a scale, the grid is that of x / scale. There the weight's columns times
+    scale have theirs, so the products of the two are the same as without it.
+    """
+    bits = X_BITS_BFLOAT16 if linear.narrow else X_BITS
+    if linear.scale is None:
+        return snap_below_norm(x, bits, mesh)
+    return snap_in_place(x / linear.scale, bits, mesh).mul_(linear.scale)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

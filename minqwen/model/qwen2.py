@@ -128,7 +128,7 @@ class Attention(nn.Module):
         v = tap("attn.v", v)  # [T, K, d]
         q = tap("attn.rot_q", self.ops.rotate(q, cos, sin))
         k = tap("attn.rot_k", self.ops.rotate(k, cos, sin))
-        scale = self.head_dim**-0.5
+        scale = self.ops.attention_scale(self.head_dim)
         if cache is None:
             z = self.ops.attend_dense(q, k, v, batch, scale, tap)
         else:
@@ -173,6 +173,11 @@ class Layer(nn.Module):
         normed = tap("norm2", self.post_attention_layernorm(x, tap, "norm2.normalized"))
         x = x + tap("mlp.out", self.mlp(normed, tap))
         return tap("resid_post", x)
+
+    def by_input(self) -> list[list[Linear]]:
+        """The linear layers; those with one input together."""
+        a, m = self.self_attn, self.mlp
+        return [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]]
 
 
 class Decoder(nn.Module):
@@ -297,9 +302,15 @@ class Qwen2(nn.Module):
     def make_ready(self, part: nn.Module | None = None) -> Qwen2:
         """`prepare` for weights that are the same as before and have only been brought back."""
         for module in (part or self).modules():
-            if isinstance(module, Linear) and not module.weight.is_meta:
-                self.ops.prepare(module, module.mesh)
+            if isinstance(module, (Layer, Qwen2)):
+                for linears in module.by_input():
+                    if not any(linear.weight.is_meta for linear in linears):
+                        self.ops.prepare(linears, self.mesh)
         return self
+
+    def by_input(self) -> list[list[Linear]]:
+        """The linear layers that are in no layer: the head."""
+        return [[self.lm_head]]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,7 +26,7 @@ DEFINED = {
     *("eq", "ge", "gt", "le", "lt", "ne", "isfinite", "isnan", "isinf", "logical_not"),
     *("bitwise_and", "bitwise_not", "bitwise_or", "bitwise_left_shift", "bitwise_right_shift"),
     *("__and__", "__lshift__", "__or__", "__rshift__", "remainder", "where", "masked_fill"),
-    *("logical_and", "logical_or", "nan_to_num", "copysign"),
+    *("equal", "logical_and", "logical_or", "nan_to_num", "copysign"),
     *("_to_copy", "clone", "copy", "fill", "zero", "lift_fresh", "alias", "detach"),
 }
 # Sums whose order or division is a device's own affair, and mixtures of several steps.

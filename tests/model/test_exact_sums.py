@@ -114,7 +114,7 @@ def test_a_linear_layer_does_not_depend_on_the_order_of_its_columns(ops, equal):
     def layer(weight):
         linear = Linear(ops, 900, 64, dtype=torch.float64)
         linear.weight.copy_(weight)
-        ops.prepare(linear, SINGLE)
+        ops.prepare([linear], SINGLE)
         return linear
 
     assert torch.equal(layer(weight[:, order])(x[:, order]), layer(weight)(x)) is equal
@@ -220,6 +220,34 @@ def test_the_sums_of_attention_stay_in_their_budgets():
     for p in (flat, torch.rand(n, dtype=torch.float64) ** 40):
         row = exact.snap(p / p.sum(), 2.0**-exact.P_BITS)
         assert sum(int(u) for u in (row * 2.0**exact.P_BITS).tolist()) * 2**exact.V_BITS <= 2**53
+
+
+def test_the_rest_of_a_pattern_stays_in_its_budget():
+    """At the most keys, each half a unit of the first term away from its grid, and |v| = 1."""
+    rest = Fraction(1, 2 ** (exact.P_BITS + 1)) * exact.CONTEXT
+    assert rest * 2 ** (exact.P_BITS_LOW + exact.V_BITS) <= 2**53
+    # A row of the first term adds up to 1 and what rounding adds to it.
+    assert (1 + rest) * 2 ** (exact.P_BITS + exact.V_BITS) <= 2**53
+    # The exponentials' second term: at most half a unit of the first, for the most terms.
+    low = Fraction(1, 2 ** (exact.EXP_BITS + 1)) * exact.TERMS
+    assert low * 2**exact.EXP_BITS_LOW <= 2**53 and exact.TERMS * 2**exact.EXP_BITS <= 2**53
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 3.0])
+def test_attention_over_the_most_keys_has_the_true_sums(sharpness):
+    """Against fractions: only the two grids of the pattern and two roundings lie between."""
+    n, g = 20_000, torch.Generator().manual_seed(4)
+    q = torch.randn(1, 1, 1, 8, generator=g) * sharpness
+    k, v = (torch.randn(n, 1, 8, generator=g) for _ in range(2))
+    k, v = (x.transpose(0, 1)[None] for x in Exact().cached(k, v))
+    seen = []
+    z = Exact().attend(q, k, v, None, 1.0, lambda name, x: seen.append(x.double()) or x)
+    weights = [Fraction(p) for p in seen[1].flatten().tolist()]
+    for channel in range(8):
+        values = [Fraction(x) for x in v[0, 0, :, channel].tolist()]
+        truth = sum(p * x for p, x in zip(weights, values))
+        grid = sum(abs(x) for x in values) * Fraction(2, 2**exact.P_BITS_LOW)
+        assert abs(Fraction(z[..., channel].item()) - truth) <= abs(truth) / 2**24 + grid
 
 
 def test_rms_norm_does_not_depend_on_the_order_of_the_columns():

@@ -15,19 +15,32 @@ from minqwen.parallel import SINGLE
 IDS = torch.arange(20)[None] * 5
 
 
-def layer(weight):
+def layer(weight, mesh=SINGLE):
     linear = Linear(Exact(), weight.shape[1], len(weight))
     linear.weight.copy_(weight)
-    linear.ops.prepare(linear, SINGLE)
+    linear.ops.prepare([linear], mesh)
     return linear
 
 
-def test_rows_of_a_linear_do_not_know_of_the_other_rows():
+def test_rows_of_a_linear_do_not_know_which_rank_has_the_other_rows():
     """A column is zero in the first two rows and not in the others; its input is an outlier."""
     g = torch.Generator().manual_seed(0)
     weight, x = torch.randn(4, 8, generator=g), torch.randn(1, 8, generator=g)
     weight[:2, 0], x[0, 0] = 0, 1e4
-    assert torch.equal(layer(weight)(x)[:, :2], layer(weight[:2])(x))
+    parts = on_ranks(2, lambda mesh: layer(weight.chunk(2)[mesh.rank], mesh)(x))
+    assert torch.equal(torch.cat(parts, 1), layer(weight)(x))
+
+
+def test_a_rank_whose_rows_alone_are_bfloat16_values_has_the_grids_of_all():
+    """And so has one whose rows alone would call a column small."""
+    g = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(4, 300, generator=g), torch.randn(5, 300, generator=g)
+    weight[:2] = weight[:2].bfloat16()
+    weight[:2, 7] *= 2.0**-12
+    x[:, 7] *= 300
+    parts = on_ranks(2, lambda mesh: layer(weight.chunk(2)[mesh.rank], mesh)(x))
+    assert torch.equal(torch.cat(parts, 1), layer(weight)(x))
+    assert not torch.equal(parts[0], layer(weight[:2])(x))  # the control
 
 
 def sparse_model(seed: int) -> Weights:
