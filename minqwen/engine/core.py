@@ -185,7 +185,7 @@ class EngineCore:
             return {}
         rows = logits if len(at) == len(logits) else logits[at]
         try:
-            tokens, entries = sample(rows, completions)
+            tokens, entries = sample(rows, completions, self.runner.model.ops)
         except Exception as error:
             if lacks_memory(error):
                 raise
@@ -224,7 +224,7 @@ class EngineCore:
             start = completion.computed + 1
             nexts = completion.ids[start : min(item.end + 1, completion.num_prompt)]
             wanted = request.params.prompt_logprobs or 0
-            entries = logprobs_of(logits[: len(nexts)], nexts, wanted)
+            entries = logprobs_of(logits[: len(nexts)], nexts, wanted, self.runner.model.ops)
             request.prompt_logprobs[start : start + len(nexts)] = entries
         self.scheduler.computed(completion, item.count)
 

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minqwen.model.arithmetic import Native
 from minqwen.sampling.kernels import draw_many, partition, put, take
-from minqwen.sampling.logprobs import Logprob, logprobs_of, wide
+from minqwen.sampling.logprobs import NATIVE, Logprob, logprobs_of, wide
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.warp import INF, uniform
 
@@ -113,9 +114,12 @@ def bad_word_ids(
 
 
 def sample(
-    logits: Tensor, rows: Sequence[Row]
+    logits: Tensor, rows: Sequence[Row], ops: Native = NATIVE
 ) -> tuple[list[int], list[dict[int, Logprob] | None] | None]:
     """One token per row. logits [B, V], any float dtype and device, are not changed.
+
+    ops: the arithmetic of what is summed. Under exact arithmetic tokens and logprobs follow from
+    the logits in the same way on every machine.
 
     Returns the ids, and the logprobs: None if no row asks for them, else None for each row that
     does not. An id is -1 where none can be drawn: the row's scores hold NaN or +inf, or nothing is
@@ -136,8 +140,8 @@ def sample(
         put(tokens, plain, _greedy(wide(take(logits, plain))))
     if changed:
         some = [rows[i] for i in changed]
-        put(tokens, changed, _choose(transform(_copied(logits, changed), some), some))
-    return tokens, _logprobs(logits, rows, tokens)
+        put(tokens, changed, _choose(transform(_copied(logits, changed), some), some, ops))
+    return tokens, _logprobs(logits, rows, tokens, ops)
 
 
 def _copied(logits: Tensor, at: list[int]) -> Tensor:
@@ -147,7 +151,7 @@ def _copied(logits: Tensor, at: list[int]) -> Tensor:
 
 
 def _logprobs(
-    logits: Tensor, rows: Sequence[Row], tokens: list[int]
+    logits: Tensor, rows: Sequence[Row], tokens: list[int], ops: Native
 ) -> list[dict[int, Logprob] | None] | None:
     """The logprobs that rows ask for, where a token was found."""
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -158,25 +162,25 @@ def _logprobs(
     if drawn:
         ids = [tokens[i] for i in drawn]
         nums = [rows[i].params.logprobs or 0 for i in drawn]
-        put(found, drawn, logprobs_of(take(logits, drawn), ids, nums))
+        put(found, drawn, logprobs_of(take(logits, drawn), ids, nums, ops))
     return found
 
 
-def _choose(x: Tensor, rows: Sequence[Row]) -> list[int]:
+def _choose(x: Tensor, rows: Sequence[Row], ops: Native) -> list[int]:
     """A token for each row of transformed logits x [R, V]: the largest, or a drawn one."""
     greedy, random = partition(row.greedy for row in rows)
     tokens = [-1] * len(rows)
     if greedy:
         put(tokens, greedy, _greedy(take(x, greedy)))
     if random:
-        put(tokens, random, _random(take(x, random), [rows[i] for i in random]))
+        put(tokens, random, _random(take(x, random), [rows[i] for i in random], ops))
     return tokens
 
 
-def _random(x: Tensor, rows: Sequence[Row]) -> list[int]:
+def _random(x: Tensor, rows: Sequence[Row], ops: Native) -> list[int]:
     """A token drawn for each row of x [R, V], each with its own random number."""
     u = [uniform(row.seed, row.index, row.num_output) for row in rows]
-    return draw_many(x, [row.params for row in rows], u)
+    return draw_many(x, [row.params for row in rows], u, ops)
 
 
 def _greedy(x: Tensor) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from minqwen.model.arithmetic import Native
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.warp import INF, divisor
 
@@ -96,20 +97,21 @@ class Rows(NamedTuple):
     top: Tensor  # [R, 1], x's dtype: the largest logit
     u: Tensor  # [R, 1], float64: the random number
     params: list[SamplingParams]
+    ops: Native  # whose exponentials and sums these are
 
     def some(self, at: list[int]) -> Rows:
         """The rows `at` (rising)."""
         if len(at) == len(self.params):
             return self
         params = [self.params[i] for i in at]
-        return Rows(take(self.x, at), self.t[at], self.top[at], self.u[at], params)
+        return Rows(take(self.x, at), self.t[at], self.top[at], self.u[at], params, self.ops)
 
     def column(self, numbers: list[float]) -> Tensor:
         """One number for each row, in x's dtype: [R, 1]."""
         return torch.tensor(numbers, dtype=self.x.dtype)[:, None]
 
 
-def draw_many(x: Tensor, params: list[SamplingParams], u: list[float]) -> list[int]:
+def draw_many(x: Tensor, params: list[SamplingParams], u: list[float], ops: Native) -> list[int]:
     """draw(warp(x[r], params[r]), u[r]) for the rows of x [R, V], float32 or float64.
 
     The id is -1 where none can be drawn: the row holds NaN or +inf, or nothing but -inf, or its
@@ -122,6 +124,7 @@ def draw_many(x: Tensor, params: list[SamplingParams], u: list[float]) -> list[i
         x.amax(-1, keepdim=True).cpu(),
         torch.tensor(u, dtype=torch.float64)[:, None],
         params,
+        ops,
     )
     ids = [-1] * len(params)
     usable, _ = partition((rows.top / rows.t)[:, 0].isfinite().tolist())
@@ -154,7 +157,7 @@ def _draw_from_all(rows: Rows) -> list[int]:
     block, rest = pick(sums, rows.u * sums.cumsum(-1)[:, -1:])
     at = block * BLOCK + torch.arange(BLOCK)
     logits = rows.x.gather(1, at.to(rows.x.device)).cpu()
-    w = ((logits / rows.t).double() - rows.top / rows.t).exp()
+    w = rows.ops.exp((logits / rows.t).double() - rows.top / rows.t)
     ids: list[int] = at.gather(1, pick(w, rest)[0])[:, 0].tolist()
     return ids
 
@@ -169,8 +172,8 @@ def _block_sums(rows: Rows) -> Tensor:
     sums = []
     for x, t, limit in zip(rows.x.split(step), rows.t.to(device).split(step), limits):
         y, z = y[: len(x)], z[: len(x)]
-        z.copy_(torch.div(x, t, out=y)).sub_(limit).exp_()
-        sums.append(z.view(len(z), -1, BLOCK).sum(-1).cpu())
+        z.copy_(torch.div(x, t, out=y)).sub_(limit)
+        sums.append(rows.ops.total(rows.ops.exp(z).view(len(z), -1, BLOCK)).cpu())
     return torch.cat(sums)
 
 
@@ -204,7 +207,7 @@ def _weights_left(rows: Rows, values: Tensor) -> tuple[Tensor, Tensor]:
     last = values[:, -1:]  # every entry above this one is among the m
     k = torch.tensor([[p.top_k if 0 < p.top_k < width else width] for p in rows.params])
     kth = torch.where(k <= m, values.gather(1, (k - 1).clamp(max=m - 1)), -INF)
-    w = (values.double() - values[:, :1].double()).exp() * (values >= kth)
+    w = rows.ops.exp(values.double() - values[:, :1].double()) * (values >= kth)
     min_p = rows.column([p.min_p for p in rows.params])
     keep = (w > 0) & _inside_top_p(rows, w, (k == width)[:, 0]) & (w.to(min_p.dtype) >= min_p)
     keep[:, 0] = True

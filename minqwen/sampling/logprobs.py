@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minqwen.model.arithmetic import Native
 from minqwen.sampling.kernels import largest, padded, sort_falling
+
+NATIVE = Native()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -30,20 +33,20 @@ class Logprob:
 
 
 def logprobs_of(
-    logits: Tensor, ids: Sequence[int], num: int | Sequence[int]
+    logits: Tensor, ids: Sequence[int], num: int | Sequence[int], ops: Native = NATIVE
 ) -> list[dict[int, Logprob]]:
     """The model's logprobs, before any sampling transform: logits [T, V], ids [T] -> T dicts.
 
     Each is {id: Logprob}: the row's id first, then the `num` likeliest (-1: all), equals by rising
-    id. float32 log_softmax; float64 for float64 logits. One row's values do not depend on the
-    other rows.
+    id. ops: the arithmetic of the log_softmax: native in float32, or in float64 for float64 logits;
+    exact in float64. One row's values do not depend on the other rows.
     """
     nums = [num] * len(ids) if isinstance(num, int) else num
     step = 16 if logits.device.type == "cpu" else 256  # rows at a time, to bound the memory
     entries: list[dict[int, Logprob]] = []
     for start in range(0, len(ids), step):
         some = slice(start, start + step)
-        entries += _of_rows(wide(logits[some]).log_softmax(-1), ids[some], nums[some])
+        entries += _of_rows(ops.log_softmax(wide(logits[some])), ids[some], nums[some])
     return entries
 
 

@@ -11,6 +11,7 @@ from support.sampling import INF, by_hand, logits_like, make_row
 
 from minqwen.sampling.draw import sample
 from minqwen.sampling.kernels import draw_many, pick
+from minqwen.sampling.logprobs import NATIVE
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.warp import draw, warp
 
@@ -19,7 +20,7 @@ def test_draw_many_is_draw_of_warp_for_each_row():
     x = torch.tensor([[2.0, 0.0, 2.0, 1.0]] * 3)
     params = [SamplingParams(top_k=2), SamplingParams(top_k=2), SamplingParams(temperature=0.5)]
     u = [0.49, 0.5, 0.99]
-    assert draw_many(x, params, u) == [0, 2, 3]
+    assert draw_many(x, params, u, NATIVE) == [0, 2, 3]
     assert [draw(warp(row, p), v) for row, p, v in zip(x, params, u)] == [0, 2, 3]
 
 
@@ -68,7 +69,7 @@ def test_the_ends_of_the_interval_never_draw_what_is_impossible(u):
             dict(temperature=1e-5),
         ):
             p = SamplingParams(**params)
-            tokens = draw_many(x, [p] * 60, [u] * 60)
+            tokens = draw_many(x, [p] * 60, [u] * 60, NATIVE)
             for row, token in zip(x, tokens):
                 assert 0 <= token < width and warp(row, p)[token] > -INF
                 assert token == draw(warp(row, p), u)
@@ -79,8 +80,8 @@ def test_top_p_at_exact_thresholds_keeps_what_the_definition_keeps():
     for n in (2, 3, 4, 5, 10, 64, 200):
         params = [SamplingParams(top_p=i / n) for i in range(1, n + 1)]
         x, u = torch.zeros(n, n), 1 - 2.0**-53
-        assert draw_many(x, params, [u] * n) == [draw(warp(x[0], p), u) for p in params]
-        assert draw_many(x, params, [u] * n) == list(range(n))
+        assert draw_many(x, params, [u] * n, NATIVE) == [draw(warp(x[0], p), u) for p in params]
+        assert draw_many(x, params, [u] * n, NATIVE) == list(range(n))
 
 
 @settings(max_examples=200, deadline=None)
