@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from minqwen.engine.failures import described
@@ -56,15 +57,16 @@ class StepTrace:
 
         It sees a batch of one, [1, ...], and may write into it instead of returning another.
         """
-        shaped = (own if point_of(name).shape.startswith("H T") else own[None]).clone()
+        seen = own if point_of(name).shape.startswith("H T") else own[None]
+        shown = seen.clone()
         try:
-            answer = hook(shaped, name)
-            new = shaped if answer is None else answer
-            check_replacement(name, new, shaped)
-        except Exception as error:  # whatever a user's function may raise
+            answer = hook(shown, name)
+            new = shown if answer is None else answer
+            check_replacement(name, new, seen)
+            return torch.empty_like(seen).copy_(new).reshape(own.shape)
+        except Exception as error:  # whatever a user's function may raise, or hand back
             self.failures[i] = f"the hook on {name} failed: {described(error)}"
             return None
-        return new.reshape(own.shape)
 
     def _keep(self, i: int, name: str, x: Tensor, rows: Rows | None) -> None:
         """Put completion i's rows into its trace, if it wants them."""

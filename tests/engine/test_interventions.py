@@ -328,6 +328,27 @@ def test_a_hook_that_fails_ends_its_own_request(llm):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x, name: x.resize_(3),
+        lambda x, name: x.to("meta"),
+        lambda x, name: x.tolist(),
+        lambda x, name: x.to_sparse(),
+        lambda x, name: next(iter(())),
+        lambda x, name: x * float("nan"),
+    ],
+)
+def test_whatever_a_hook_hands_back_concerns_its_own_request(llm, answer):
+    other = llm.add_request(IDS, FEW)
+    failed = llm.add_request(IDS, FEW, hooks=[("layers.0.mlp.out", answer)])
+    outputs = run_to_end(llm)
+    assert outputs[other].outputs[0].token_ids == greedy(llm.model, IDS, 12)
+    completion = outputs[failed].outputs[0]
+    assert (completion.finish_reason == "error") == bool(outputs[failed].error) and idle(llm)
+    assert completion.finish_reason == "error" or len(completion.token_ids) == 12
+
+
+@pytest.mark.parametrize(
     "hooks", [("embed", steer), [("embed",)], [("nothing", steer)], [("embed", 5)], steer]
 )
 def test_what_is_no_list_of_hooks_is_refused(llm, hooks):
