@@ -45,6 +45,7 @@ IN_CLASS = {**OUTSIDE, "[": r"\["}
 IN_NEGATED = {r"\w": LETTERS, r"\d": r"\p{Nd}", "[": r"\["}
 DEL = re.compile(r"\x7f|\\x7f|\\u007f", re.IGNORECASE)
 POSSESSIVE = re.compile(r"[*+?}]\+")
+MOST_SCHEMAS = 10_000  # of so many jsonschema's check takes about three seconds
 TOO_DEEP = "{} is nested too deeply: give it fewer levels"
 
 
@@ -216,6 +217,8 @@ def every_part(schema: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _check_references(schema: dict[str, Any], root: str) -> None:
     """Refuses a $ref that comes back to itself before anything is written: nothing fits it."""
     places = dict(every_part(schema, root))
+    if len(places) > MOST_SCHEMAS:
+        raise SamplingError(f"{root} holds more than {MOST_SCHEMAS} schemas: give it fewer")
     done: set[str] = set()
     for place in places:
         _follow(place, places, root, [], done)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minqwen.checks import wrong
-from minqwen.errors import SamplingError
+from minqwen.errors import SamplingError, TokenizerError
 from minqwen.files import printable
 from minqwen.sampling.json_schema import ROOT, at, every_part, for_grammar, read_schema
 from minqwen.sampling.text_check import text_check
@@ -79,6 +79,8 @@ def _true(where: str, value: Any) -> bool:
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise _wrong(where, value, "a non-empty string")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _wrong(where, value, "a string without half of a surrogate pair")
     return value
 
 
@@ -114,9 +116,37 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(i) for i in range(known)] + [b""] * (size - known)
         self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < size)
         self.encode = tokenizer.encode
+        special = set(self.special_token_ids)
+        self.id_of = {token: i for i, token in enumerate(self.tokens) if token and i not in special}
+        self.longest = max(map(len, self.id_of), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        return self.encode(text, allow_special=False, add_special_tokens=False)
+        """The tokens of a text that the grammar forces. They have exactly its bytes.
+
+        The tokenizer may refuse a text, or change it (to Unicode's form NFC, or by a space before
+        it), or use tokens that the model lacks. Then they are the longest tokens instead.
+        """
+        data = text.encode()
+        try:
+            ids = self.encode(text, allow_special=False, add_special_tokens=False)
+        except TokenizerError:
+            return self._longest_tokens(data)
+        known = all(i < len(self.tokens) for i in ids)
+        if known and b"".join(self.tokens[i] for i in ids) == data:
+            return ids
+        return self._longest_tokens(data)
+
+    def _longest_tokens(self, data: bytes) -> list[int]:
+        """From the left, the longest token each time; ends where there is none."""
+        ids, at = list[int](), 0
+        while at < len(data):
+            ends = range(min(len(data), at + self.longest), at, -1)
+            end = next((end for end in ends if data[at:end] in self.id_of), None)
+            if end is None:
+                break
+            ids.append(self.id_of[data[at:end]])
+            at = end
+        return ids
 
 
 class ConstraintCompiler:

@@ -272,6 +272,18 @@ def test_choice(compiler, tokenizer):
     assert len(seen) >= 4
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["a\u0301", "\\a\u0301b", "e\u0301" * 9, "\u1e9b\u0323", "\u2126\u212b", "\ufb01n\u0303"],
+)
+def test_a_text_that_the_tokenizer_would_normalise_is_written_as_it_is(compiler, tokenizer, text):
+    """Where the grammar forces a text, llguidance asks the tokenizer for its tokens."""
+    for spec in (StructuredOutputs(choice=[text]), StructuredOutputs(json={"const": [text]})):
+        for seed in range(3):
+            written, done = write(compiler, tokenizer, spec, seed)
+            assert done and text in written and (spec.json is None or json.loads(written) == [text])
+
+
 def test_grammar(compiler, tokenizer):
     spec = StructuredOutputs(grammar='start: sum\nsum: NUM ("+" NUM)*\nNUM: /[1-9][0-9]?/')
     for seed in range(6):
@@ -326,6 +338,10 @@ def test_a_stop_token_is_no_text_even_where_the_grammar_has_it(compiler, tokeniz
         (dict(choice="ab"), "choice"),
         (dict(choice=["a", ""]), "choice"),
         (dict(choice=5), "choice"),
+        (dict(choice=["a", "\ud800"]), "choice"),
+        (dict(regex="\ud800"), "regex"),
+        (dict(grammar='start: "\ud800"'), "grammar"),
+        (dict(json={"prefixItems": [{}] * 10_000}), "json# holds more than 10000 schemas"),
         (dict(json={"type": "array", "uniqueItems": True}), "'uniqueItems'"),
         (dict(json={"properties": {"a": {"not": {}}}}), "json#/properties/a: keyword 'not'"),
         (
