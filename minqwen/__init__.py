@@ -16,6 +16,9 @@ Shapes in comments:
 Under tensor parallelism H, K, I and V are what this rank holds.
 """
 
+from minqwen.interrupts import DURING_IMPORT  # before torch is imported
+
+# isort: split
 from minqwen.checkpoint import Checkpoint
 from minqwen.config import ModelConfig
 from minqwen.engine.llm import LLM
@@ -24,6 +27,8 @@ from minqwen.model import Batch, Qwen2
 from minqwen.parallel import Mesh
 from minqwen.sampling.params import SamplingParams
 from minqwen.tokenizer import Tokenizer
+
+DURING_IMPORT.end()
 
 __all__ = [
     "LLM",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 from support.paths import ROOT
@@ -172,3 +176,35 @@ def test_every_rank_tells_torchrun_and_only_rank_0_the_user(capsys, monkeypatch,
             run(main)
         assert capsys.readouterr().err == printed
         assert json.loads(file.read_text())["message"]["message"] == "error: top_p is 2.0"
+
+
+SWALLOWED = """
+import importlib.abc, signal, sys
+
+class Swallows(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch.nn":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:  # as some code does that runs while torch is imported
+                print("swallowed", flush=True)
+
+sys.meta_path.insert(0, Swallows())
+sys.argv = ["{tool}", "--help"]
+import runpy
+runpy.run_path(r"{path}", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("tool", ["generate.py", "heads.py", "make_checkpoint.py", "trace.py"])
+def test_ctrl_c_while_torch_is_imported_ends_a_tool(tool):
+    code = SWALLOWED.format(tool=tool, path=ROOT / "tools" / tool)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "swallowed\n" and done.stderr.endswith("KeyboardInterrupt\n")
+    assert done.returncode == -signal.SIGINT
+
+
+def test_control_after_the_import_ctrl_c_is_pythons_own():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

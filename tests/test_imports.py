@@ -12,6 +12,7 @@ from support.paths import ROOT
 
 # From the bottom to the top. A room imports itself and the rooms before it.
 ROOMS = [
+    ["interrupts"],
     ["errors"],
     ["files"],
     ["checks"],
@@ -31,7 +32,7 @@ ROOMS = [
 ]
 HEIGHT = {name: height for height, room in enumerate(ROOMS) for name in room}
 # What is computed depends on a config and on the ranks. (checks words the refusals.)
-MODEL_IMPORTS = {"errors", "checks", "parallel", "model", *ROOMS[3]}
+MODEL_IMPORTS = {"errors", "checks", "config", "parallel", "model"}
 # People know these two methods from transformers. Each of them imports from minqwen.checkpoint, and
 # these are the only imports inside functions.
 LAZY = {

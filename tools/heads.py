@@ -20,10 +20,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from minqwen import Checkpoint, ModelConfig, Tokenizer  # before torch, for Ctrl-C
+
+# isort: split
 import torch
 from torch import Tensor
 
-from minqwen import Checkpoint, ModelConfig, Tokenizer
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
 from minqwen.checks import integer
 from minqwen.cli import EMBEDDED, Parser, check_writable, run

@@ -18,10 +18,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from minqwen.checkpoint import write_checkpoint  # before torch, for Ctrl-C
+
+# isort: split
 from torch import Tensor
 from tqdm import tqdm
 
-from minqwen.checkpoint import write_checkpoint
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
 from minqwen.checkpoint.writer import check_other_directory, check_replaceable
 from minqwen.cli import Parser, run

@@ -21,11 +21,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from minqwen import Checkpoint, Mesh, ModelConfig, Qwen2, Tokenizer  # before torch, for Ctrl-C
+
+# isort: split
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minqwen import Checkpoint, Mesh, ModelConfig, Qwen2, Tokenizer
 from minqwen.checks import dtype_name
 from minqwen.cli import Parser, check_writable, is_first_rank, model_flags, model_options, run
 from minqwen.errors import MinqwenError
