@@ -47,8 +47,8 @@ def fail(*args):
 def break_the_sampler(monkeypatch):
     sample = core_module.sample
 
-    def sample_or_fail(logits, rows):
-        return fail() if any(row.seed == BAD for row in rows) else sample(logits, rows)
+    def sample_or_fail(logits, rows, ops):
+        return fail() if any(row.seed == BAD for row in rows) else sample(logits, rows, ops)
 
     monkeypatch.setattr(core_module, "sample", sample_or_fail)
     return bad()
@@ -142,11 +142,11 @@ def test_keys_and_values_of_a_row_that_failed_are_not_kept(llm, oracle, monkeypa
 def test_what_lacks_memory_fails_the_step_which_can_be_repeated(llm, oracle, monkeypatch):
     sample, calls = core_module.sample, []
 
-    def sample_or_fail(logits, rows):
+    def sample_or_fail(logits, rows, ops):
         calls.append(rows)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample(logits, rows)
+        return sample(logits, rows, ops)
 
     monkeypatch.setattr(core_module, "sample", sample_or_fail)
     ids = [llm.add_request(prompt, FEW) for prompt in PROMPTS]
