@@ -196,7 +196,10 @@ runpy.run_path(r"{path}", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("tool", ["generate.py", "heads.py", "make_checkpoint.py", "trace.py"])
+TOOLS = sorted(path.name for path in (ROOT / "tools").iterdir() if path.name[0] not in "._")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_ctrl_c_while_torch_is_imported_ends_a_tool(tool):
     code = SWALLOWED.format(tool=tool, path=ROOT / "tools" / tool)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -21,9 +21,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from minqwen.checkpoint import Checkpoint  # before torch, for Ctrl-C
+
+# isort: split
 import torch
 
-from minqwen.checkpoint import Checkpoint
 from minqwen.checkpoint.load import check_options
 from minqwen.cli import EMBEDDED, Parser, check_writable, run
 from minqwen.errors import MinqwenError

@@ -17,6 +17,9 @@ import math
 import sys
 from pathlib import Path
 
+from minqwen import Qwen2, Tokenizer  # before torch, for Ctrl-C
+
+# isort: split
 import torch
 from card import Made, card, greedy, measure
 from checkpoint import make_tokenizer, rounded
@@ -24,7 +27,6 @@ from data import Data, read_bible
 from optimizer import Rates
 from train import Settings, new_model, train
 
-from minqwen import Qwen2, Tokenizer
 from minqwen.cli import EMBEDDED, run
 from minqwen.errors import MinqwenError
 from minqwen.files import write_text
