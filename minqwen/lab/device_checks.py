@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from minqwen.lab.device_numbers import Numbers, full_budget, specials, spiked
 from minqwen.lab.shapes import official_config
 from minqwen.model import Batch, Exact, Qwen2, exact
 from minqwen.model.trace import UNTRACED
+from minqwen.sampling.kernels import draw_many
+from minqwen.sampling.params import SamplingParams
 
 Tensors = tuple[Tensor, ...]
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +73,7 @@ def checks(size: Size) -> list[Check]:
     found = functions(size)
     for dtype in STORAGE:
         found += stored(dtype, size) + conversions(dtype, size)
-    return found + sums(size) + attention(size) + models(size)
+    return found + sums(size) + attention(size) + models(size) + sampling(size)
 
 
 # ---- elementwise --------------------------------------------------------------------------------
@@ -351,6 +354,7 @@ def models(size: Size) -> list[Check]:
     ]
     found.append(pieces_check(small, size.tokens))
     found.append(padded_check(small, size.tokens))
+    found.append(rescaled_check(small, size.tokens))
     if size.official:
         half = official("0.5B", 2)
         wide = official("7B", 1)
@@ -420,6 +424,25 @@ def padded_check(config: ModelConfig, tokens: int) -> Check:
     return Check("models", "28 heads padded to 32", logits, inputs, source)
 
 
+def rescaled_check(config: ModelConfig, tokens: int) -> Check:
+    """A channel that is large in the norms' weights, and small in the columns that read it."""
+
+    def inputs(r: Numbers) -> Tensors:
+        ids, *weights = random_inputs(r, config, tokens, False)
+        for name, x in zip(config.parameter_shapes(), weights):
+            if "layernorm" in name:
+                x[5] *= 4096
+            elif re.search("(q|k|v|gate|up)_proj.weight", name):
+                x[:, 5] /= 4096
+        return ids, *weights
+
+    def logits(ids: Tensor, *weights: Tensor) -> Tensor:
+        out: Tensor = build(config, weights, torch.float32, True)(ids)
+        return out
+
+    return Check("models", "28 heads with a channel that is rescaled by 4,096", logits, inputs)
+
+
 def small_config() -> ModelConfig:
     """28 query heads over 4 key/value heads, and YaRN."""
     return ModelConfig(
@@ -486,3 +509,36 @@ def in_pieces(model: Qwen2, ids: Tensor) -> Tensor:
 def named(dtype: torch.dtype) -> str:
     """ "float32" of torch.float32."""
     return dtype_name("dtype", dtype)
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+def sampling(size: Size) -> list[Check]:
+    """From logits to log probabilities and to the drawn token."""
+    rows, vocabulary = max(4, size.rows // 16), 5003
+    ops = Exact()
+    params = [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_p=0.9),
+        SamplingParams(temperature=1.3, top_k=40, min_p=0.01),
+        SamplingParams(temperature=1.0, top_p=0.5),
+    ]
+
+    def logits(r: Numbers) -> Tensors:
+        x = r.bell(rows, vocabulary) * 4 + r.spread(-9, 4, rows, vocabulary).float()
+        return (x.masked_fill(r.integers(0, 9, rows, vocabulary) == 0, -math.inf),)
+
+    def drawn(x: Tensor) -> Tensor:
+        numbers = [(2 * i + 1) / (2 * len(x)) for i in range(len(x))]
+        some = [params[i % len(params)] for i in range(len(x))]
+        return torch.tensor(draw_many(x, some, numbers, ops), dtype=torch.float64)
+
+    def weights(r: Numbers) -> Tensors:
+        return (r.spread(-80, 0, rows, 1 << 12).abs(),)
+
+    return [
+        Check("sampling", "log_softmax", ops.log_softmax, logits),
+        Check("sampling", "total of the weights", ops.total, weights),
+        Check("sampling", "drawn tokens", drawn, logits),
+    ]

@@ -64,6 +64,11 @@ def of_20_bits(multiply, *operands):
     return multiply(*((x.view(torch.int64) & ~lost).view(torch.float64) for x in operands))
 
 
+def in_float32(add_up, x, *args, **kwargs):
+    """A sum in a narrower type."""
+    return add_up(x.float(), *args, **kwargs).to(x.dtype)
+
+
 def contracted(self, x, cos, sin):
     """RoPE by one fused multiply-add: the first product is not rounded."""
     return (x.double() * cos.double() + (rotate_half(x) * sin).double()).to(x.dtype)
@@ -92,6 +97,8 @@ PLANTED = [
     ("attention: float32, 7 of 33 tokens", Fault("bmm", of_20_bits)),
     ("models: in pieces of 7 tokens over a cache", Fault("mm", of_20_bits)),
     ("models: 28 heads padded to 32", ("rotate", contracted)),
+    ("sampling: log_softmax", Fault("sum", in_float32)),
+    ("sampling: total of the weights", Fault("sum", in_float32)),
     (
         "models: 28 heads in bfloat16, float32 weights kept in float64",
         Fault("_to_copy", truncated),

@@ -17,7 +17,8 @@ from minqwen.lab.device_checks import QUICK, Check, checks
 CHECKS = {
     f"{check.family}: {check.name}": check
     for check in checks(QUICK)
-    if check.family != "conversions"
+    # A draw adds up its few last numbers one by one, on the CPU, whatever the device.
+    if check.family != "conversions" and check.name != "drawn tokens"
 }
 # Elementwise operations that IEEE 754 defines to the last bit, or that do not round.
 DEFINED = {
