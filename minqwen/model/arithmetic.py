@@ -106,10 +106,14 @@ class Native:
         """
 
     def rotary_table(
-        self, config: ModelConfig, length: int, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor]:
         """cos and sin of positions 0..length-1, [length, d] each."""
-        return rotary_table(config, length, dtype)
+        return rotary_table(config, length, dtype, device)
 
     def attention_scale(self, head_dim: int) -> float:
         """The factor of the scores."""

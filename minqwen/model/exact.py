@@ -44,6 +44,7 @@ from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError, MinqwenError
 from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
 from minqwen.model.attention import weighted_values
+from minqwen.model.emulation import refuse_emulation
 from minqwen.model.rope import inverse_frequencies
 from minqwen.model.trace import Tap
 from minqwen.parallel import SINGLE, Mesh
@@ -280,6 +281,8 @@ class Exact(Native):
         What chooses a grid must be the same on every rank and for every number of padded heads.
         So all ranks are asked, and of several linears the first is not: q_proj's rows may be new.
         """
+        if linears[0].weight.is_cuda:
+            refuse_emulation()
         asked = [linear.weight for linear in linears[1:] or linears]
         wider = torch.tensor(float(not all(map(is_bfloat16, asked))), device=asked[0].device)
         narrow = mesh.all_reduce(wider, "max").item() == 0
@@ -319,11 +322,15 @@ class Exact(Native):
         linear.prepared = linear.weight, version(linear.weight)
 
     def rotary_table(
-        self, config: ModelConfig, length: int, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor]:
         """As Native's, from float32 angles, but by routines that are the same everywhere.
 
-        On the CPU, whatever the default device is.
+        Computed on the CPU, whatever the default device is.
         """
         within(length, CONTEXT, "the context")
         with localcontext() as context:
@@ -338,7 +345,7 @@ class Exact(Native):
             )
         cos, sin = cos_sin(torch.arange(length, device="cpu").float()[:, None] * inv_freq)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-        return (cos * factor).to(dtype), (sin * factor).to(dtype)
+        return (cos * factor).to(device, dtype), (sin * factor).to(device, dtype)
 
     def attention_scale(self, head_dim: int) -> float:
         """1 / sqrt(head_dim), rounded once: Python's ** is the C library's, which may err."""

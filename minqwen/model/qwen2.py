@@ -335,8 +335,8 @@ class Qwen2(nn.Module):
         """cos and sin [T, 1, d] of the batch's positions, from a table that grows when it must."""
         length = max(batch.context_lens)
         if self._rotary is None or not self._fits(self._rotary[0], length):
-            tables = self.ops.rotary_table(self.config, table_length(length), self.dtype)
-            self._rotary = tables[0].to(self.device), tables[1].to(self.device)
+            length = table_length(length)
+            self._rotary = self.ops.rotary_table(self.config, length, self.dtype, self.device)
         cos, sin = self._rotary
         return cos[batch.positions][:, None], sin[batch.positions][:, None]
 

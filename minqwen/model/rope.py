@@ -86,17 +86,22 @@ def yarn_attention_factor(scaling: RopeScaling, log: Log = math.log) -> float:
     return mscale()
 
 
-def rotary_table(config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    config: ModelConfig,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
     """cos and sin of positions 0..length-1, each [length, d] in `dtype`, both halves of d alike.
 
     They are computed in float32 and rounded once, as transformers does; for a float64 model they
-    are computed in float64 throughout.
+    are computed in float64 throughout. On `device`: the last bits of a cosine are its library's.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     inv_freq, factor = inverse_frequencies(config, compute)
     positions = torch.arange(length, dtype=torch.int64, device="cpu").to(compute)
     angles = positions[:, None] * inv_freq  # [length, d/2]
-    angles = torch.cat((angles, angles), dim=-1)  # [length, d]
+    angles = torch.cat((angles, angles), dim=-1).to(device)  # [length, d]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from support.paths import EMBEDDED
 
+from minqwen import Qwen2
 from minqwen.errors import ConfigError
 from minqwen.model.emulation import EMULATE, library_settings, refuse_emulation
 
@@ -20,6 +23,13 @@ def test_nothing_is_refused_where_it_is_off(monkeypatch, value):
     if value is not None:
         monkeypatch.setenv(EMULATE, value)
     refuse_emulation()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_exact_arithmetic_refuses_it_on_a_gpu(monkeypatch):
+    monkeypatch.setenv(EMULATE, "1")
+    with pytest.raises(ConfigError, match="unset it"):
+        Qwen2.from_pretrained(EMBEDDED, dtype="float32", device="cuda", arithmetic="exact")
 
 
 def test_the_settings_of_nvidias_libraries_can_be_shown(monkeypatch):

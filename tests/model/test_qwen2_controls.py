@@ -16,7 +16,7 @@ class Sabotaged(Native):
     def __init__(self, how):
         self.how = how
 
-    def rotary_table(self, config, length, dtype):
+    def rotary_table(self, config, length, dtype, device="cpu"):
         if self.how == "unrounded rope":
             dtype = torch.float32
         cos, sin = super().rotary_table(config, length, dtype)

@@ -12,12 +12,13 @@ import torch
 from support import numpy_qwen2
 from support.paths import DATA
 from support.qwen2 import PLAIN, TINY, oracle, ours, tokens, yarn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from minqwen.config import ModelConfig, RopeScaling
-from minqwen.model import rope
+from minqwen.model import Exact, Native, rope
 
 GOLDEN = json.loads((DATA / "yarn_golden.json").read_text())["cases"]
 
@@ -98,6 +99,28 @@ def test_every_yarn_option_is_transformers():
         theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](hf, "cpu")
         mine = rope.inverse_frequencies(config)
         assert torch.equal(mine[0], theirs) and mine[1] == factor, parameters
+
+
+class CosineDevices(TorchDispatchMode):
+    """Notes on which devices a cosine is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "cos":
+            self.seen.add(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ops, where", [(Native(), {"meta"}), (Exact(), set())])
+def test_a_table_of_native_arithmetic_is_computed_on_the_device_that_uses_it(ops, where):
+    """As transformers does: a GPU's cosine has other last bits. Exact uses no library's cosine."""
+    _, config = rope_config(64, yarn(4.0))
+    with CosineDevices() as devices:
+        cos, sin = ops.rotary_table(config, 40, torch.float32, "meta")
+    assert cos.device.type == sin.device.type == "meta" and devices.seen == where
 
 
 def test_the_rotary_table_follows_the_model_to_its_device():
