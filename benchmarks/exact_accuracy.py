@@ -79,7 +79,8 @@ def model_ratio(shape: dict[str, int], bfloat16: bool, rescaled: bool, tokens: i
         model = Qwen2.from_tensors(
             config, lambda name, shard: tensors[name], dtype=dtype, arithmetic=arithmetic
         )
-        return model(ids)
+        found: Tensor = model(ids)
+        return found
 
     truth = logits(Native(), torch.float64)
     native = rms(logits(Native(), torch.float32) - truth)
