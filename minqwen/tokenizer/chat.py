@@ -82,8 +82,8 @@ def select_template(
     if wanted is None:
         has_tools = tools is not None and "tool_use" in templates
         wanted = "tool_use" if has_tools else "default"
-    source = templates.get(wanted, wanted)
-    if "{" not in source:
+    source = templates.get(wanted, wanted if "{" in wanted else "")
+    if not source:
         raise TokenizerError(
             f"{where}: there is no chat template {wanted!r}, only {sorted(templates)}; "
             "pass chat_template or a finished prompt"

@@ -155,6 +155,13 @@ def test_templates_come_from_files_or_else_from_tokenizer_config_json(tmp_path):
     assert "no chat template 'default', only []" in one_line(error)
 
 
+def test_a_named_template_may_be_plain_text(tmp_path):
+    path = tiny_json(tmp_path / "t", chat_template="Question and answer")
+    assert Tokenizer.from_dir(path).apply_chat_template(USER) == "Question and answer"
+    with pytest.raises(TokenizerError, match="no chat template 'plain'"):
+        Tokenizer.from_dir(path).apply_chat_template(USER, chat_template="plain")
+
+
 def test_a_renderer_that_cannot_start(tiny, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(TokenizerError) as error:
