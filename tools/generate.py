@@ -28,7 +28,7 @@ from minqwen.cli import Parser, is_first_rank, model_flags, model_options, run, 
 from minqwen.config import GenerationDefaults
 from minqwen.engine.outputs import Delta, RequestOutput
 from minqwen.engine.sizing import EngineOptions
-from minqwen.errors import MinqwenError
+from minqwen.errors import MinqwenError, RequestError
 from minqwen.sampling.logprobs import Logprob
 
 SAMPLING_FLAGS = (
@@ -184,6 +184,7 @@ def as_json(output: RequestOutput, prompt: str) -> str:
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
+        "error": output.error,
         "logprobs": logprobs,
         "time_to_first_token_s": metrics.time_to_first_token,
         "tokens_per_second": metrics.tokens_per_second(len(completion.token_ids)),
@@ -354,12 +355,18 @@ def complete(llm: LLM, texts: list[str], params: SamplingParams, args: argparse.
         assert last.output is not None, "the last delta of a stream has the output"
         report(last.output)
         return
-    for text, output in zip(texts, llm.generate(prompts, params)):
+    try:
+        outputs, failure = llm.generate(prompts, params), None
+    except RequestError as error:  # of some of them; the others are there
+        outputs, failure = error.outputs, error
+    for text, output in zip(texts, outputs):
         if args.json:
             show(as_json(output, text))
         else:
             show(echo(text, args) + output.outputs[0].text)
             report(output)
+    if failure is not None:
+        raise failure
 
 
 def echo(text: str, args: argparse.Namespace) -> str:

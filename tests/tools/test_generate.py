@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from support.tool import run_tool, run_tool_here
 from support.torchrun import torchrun
 
 from minqwen import LLM, Checkpoint, SamplingParams
+from minqwen.errors import RequestError
 from minqwen.lab.tasks import heldout_questions
 
 PROMPTS = ["In the beginning", "And it came to pass"]
@@ -188,3 +190,19 @@ def test_chat_answers_held_out_sums(embedded_tokenizer):
     )
     assert right >= 0.95 * len(questions), f"{right} of {len(questions)}"
     assert len(questions) > 180 and all(o.outputs[0].finish_reason == "stop" for o in outputs)
+
+
+def test_what_fails_for_one_prompt_leaves_the_others_texts(monkeypatch, one_process):
+    generate = LLM.generate
+
+    def one_fails(llm, *args, **options):
+        outputs = generate(llm, *args, **options)
+        outputs[1] = dataclasses.replace(outputs[1], error="no such luck")
+        raise RequestError("request 1: no such luck", outputs)
+
+    monkeypatch.setattr(LLM, "generate", one_fails)
+    done = run_tool_here("generate.py", *TWO_PROMPTS, "--json", *FLAGS)
+    first, second = map(json.loads, done.out.splitlines())
+    assert first["text"] == one_process[0]["text"] and first["error"] is None
+    assert second["error"] == "no such luck"
+    assert done.code == 2 and "request 1: no such luck" in done.err
