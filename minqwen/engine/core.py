@@ -28,6 +28,8 @@ from minqwen.sampling.logprobs import logprobs_of, wide
 
 Drawn = tuple[int, TokenLogprobs | None]
 
+MOST_RESTARTS = 20  # in a row, without a token: then no request would ever end
+
 
 class EngineCore:
     """Requests in, deltas out, one forward pass at a time.
@@ -47,6 +49,7 @@ class EngineCore:
         self.changes = Changes(runner.model)
         self.intervened = False  # whether the model has hooks, on any rank
         self.outdated = False  # whether the keys and values are of a model that was
+        self.restarts = 0  # steps in a row that began anew because of it, and drew no token
         self.stepping = False
         self.requests: dict[str, Request] = {}  # those that are not finished
 
@@ -88,7 +91,9 @@ class EngineCore:
         try:
             if not undisturbed or self._calls_hooks():
                 self._notice_changes()
-            return self._step(self.scheduler.schedule())
+            deltas = self._step(self.scheduler.schedule())
+            self.restarts = 0 if deltas else self.restarts
+            return deltas
         finally:
             self.stepping = False
 
@@ -136,6 +141,16 @@ class EngineCore:
             self.runner.renew_cache()
             self.scheduler.start_over(not intervened)
             self.outdated = False
+            self.restarts += 1
+            if self.restarts > MOST_RESTARTS:
+                self.restarts = 0
+                raise MinqwenError(
+                    f"the model has changed before each of {MOST_RESTARTS} steps, and no prompt "
+                    "could be computed to its end: change it between requests, or raise "
+                    "max_num_batched_tokens above the longest prompt"
+                )
+        else:
+            self.restarts = 0
 
     def _failures_of_all_ranks(
         self, step: list[Scheduled], own: Mapping[int, str]

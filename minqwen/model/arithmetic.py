@@ -61,6 +61,10 @@ class Linear(nn.Module):
         bias = "" if self.bias is None else ", bias"
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}{bias}"
 
+    def forget_prepared(self) -> None:
+        """Drop what was made of a weight that is no longer here."""
+        self.prepared = self.scale = self.live = None
+
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self)
 

@@ -287,6 +287,8 @@ class Qwen2(nn.Module):
         shape = module.get_parameter(leaf).shape
         if value is None:
             value = torch.empty(shape, dtype=self.dtype, device="meta")
+            if isinstance(module, Linear):
+                module.forget_prepared()
         assert value.shape == shape, (name, value.shape)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 

@@ -10,7 +10,7 @@ from support.naive import greedy
 from torch import nn
 from torch.nn.utils import parametrize
 
-from minqwen import LLM, Qwen2, SamplingParams
+from minqwen import LLM, MinqwenError, Qwen2, SamplingParams
 
 IDS = list(range(100, 140))
 NEXT = SamplingParams(max_tokens=1, logprobs=2, **GREEDY)
@@ -354,3 +354,27 @@ def test_whatever_a_hook_hands_back_concerns_its_own_request(llm, answer):
 def test_what_is_no_list_of_hooks_is_refused(llm, hooks):
     refusal(lambda: llm.generate([IDS], FEW, hooks=hooks, use_tqdm=False))
     assert idle(llm)
+
+
+def test_a_model_that_changes_in_every_step_is_an_error_and_no_endless_run(embedded):
+    """A hook that writes to a weight leaves no keys and values that the next chunk could use."""
+    llm = LLM(
+        embedded,
+        dtype="float32",
+        max_model_len=64,
+        max_num_batched_tokens=4,
+        max_num_seqs=2,
+        seed=0,
+    )
+    weight = llm.model.model.layers[2].mlp.up_proj.weight
+
+    def write(*_):
+        weight.mul_(1)
+
+    handle = llm.model.register_forward_pre_hook(write)
+    prompt = list(range(100, 110))
+    few = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    with pytest.raises(MinqwenError, match="changed before each of"):
+        llm.generate([prompt], few, use_tqdm=False)
+    handle.remove()
+    assert len(llm.generate([prompt], few, use_tqdm=False)[0].outputs[0].token_ids) == 3
