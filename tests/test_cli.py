@@ -181,6 +181,8 @@ def test_every_rank_tells_torchrun_and_only_rank_0_the_user(capsys, monkeypatch,
 SWALLOWED = """
 import importlib.abc, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
 class Swallows(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torch.nn":
@@ -209,5 +211,11 @@ def test_ctrl_c_while_torch_is_imported_ends_a_tool(tool):
     assert done.returncode == -signal.SIGINT
 
 
-def test_control_after_the_import_ctrl_c_is_pythons_own():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
+def test_after_the_import_ctrl_c_is_what_it_was(handler):
+    """Python's own, or ignored, as in a shell's background job."""
+    code = f"import signal; signal.signal(signal.SIGINT, signal.{handler}); import minqwen; "
+    code += f"assert signal.getsignal(signal.SIGINT) == signal.{handler}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
