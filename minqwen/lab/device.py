@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minqwen.lab.device_checks import Check, Size, Tensors, checks
 from minqwen.lab.device_numbers import Numbers
-from minqwen.lab.golden import digest
+from minqwen.lab.golden import BITS, digest
 
 # No vector instructions, and the oldest code of the libraries for products.
 SCALAR = {
@@ -84,7 +84,7 @@ def difference(expected: Sequence[Tensor], got: Sequence[Tensor], inputs: Tensor
 
 def _bits(x: Tensor) -> Tensor:
     """The numbers' bits as integers. A difference of shapes is no difference of numbers."""
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x.contiguous().view(BITS[x.element_size()])
 
 
 def _place(shape: tuple[int, ...], at: int, inputs: Tensors) -> str:

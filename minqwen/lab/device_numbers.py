@@ -12,7 +12,8 @@ import zlib
 import torch
 from torch import Tensor
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a number of n bytes
+from minqwen.lab.golden import BITS
+
 PERIOD = (1 << 22) - 3  # numbers of `bell` that are drawn, after which they repeat: a prime
 
 
@@ -31,7 +32,7 @@ class Numbers:
         low = self.integers(0, 1 << 32, *shape)
         if dtype.itemsize == 8:
             low = (self.integers(0, 1 << 32, *shape) << 32) + low
-        return low.to(INTEGERS[dtype.itemsize]).view(dtype)
+        return low.to(BITS[dtype.itemsize]).view(dtype)
 
     def finite(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Any bits of a finite number; 1 in place of the others."""
@@ -55,14 +56,14 @@ class Numbers:
     def ties(self, dtype: torch.dtype, wide: torch.dtype, count: int) -> Tensor:
         """Numbers in `wide` half way between two neighbours in `dtype`, or up to 3 ulps beside."""
         here = self.finite(dtype, count)
-        number = INTEGERS[dtype.itemsize]
+        number = BITS[dtype.itemsize]
         after = (here.view(number) + 1).view(dtype)
         before = (here.view(number) - 1).view(dtype)
         step = torch.where(
             after.isfinite(), after.double() - here.double(), here.double() - before.double()
         )
         step = step.where(step.isfinite(), torch.zeros_like(step))
-        tie = (here.double() + step / 2).to(wide).view(INTEGERS[wide.itemsize])
+        tie = (here.double() + step / 2).to(wide).view(BITS[wide.itemsize])
         return (tie + self.integers(-3, 4, count).to(tie.dtype)).view(wide)
 
 
@@ -71,7 +72,7 @@ def specials(dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     some = [0.0, 1.0, info.tiny, info.smallest_normal, info.max, info.eps, math.inf]
     numbers = torch.tensor([s * x for x in some for s in (1, -1)] + [math.nan], dtype=dtype)
-    smallest = torch.ones(1, dtype=INTEGERS[dtype.itemsize]).view(dtype)  # subnormal
+    smallest = torch.ones(1, dtype=BITS[dtype.itemsize]).view(dtype)  # subnormal
     return torch.cat((numbers, smallest, -smallest))
 
 
