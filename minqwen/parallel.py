@@ -9,13 +9,19 @@ Who listens on the network when all ranks run on one node: gloo and NCCL bind to
 listens on every interface, on two ports (on one with `--master-addr 127.0.0.1 --master-port N`). It
 has no password and no option for loopback: on a network that you do not trust use a firewall, or a
 network namespace that has only loopback.
+
+On several nodes gloo uses the interface by which a node reaches torchrun's store (from_env sets
+GLOO_SOCKET_IFNAME unless the user did). NCCL chooses by itself; NCCL_SOCKET_IFNAME overrules it.
+Ranks listen there on ports that the system chooses, without a password, like the store.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +33,8 @@ from torch import Tensor
 from minqwen.config import ModelConfig
 from minqwen.errors import ParallelError
 from minqwen.watch import FAREWELL, Watch
+
+SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
 # ------------------------------------------------------------------------------------- the plan
 # Suffix of a parameter's name -> (dimension that is split, what it is split by). A parameter that
@@ -192,9 +200,25 @@ class Mesh:
         self._check_torchrun()
         if single_node:
             _bind_to_loopback()
+        else:
+            _bind_towards(os.environ.get("MASTER_ADDR", "localhost"))
         watched, grouped = self._store("watch"), self._store("group")
-        self._watch = Watch(self.rank, self.size, timeout, watched)
+        self._watch = Watch(self.rank, self.size, timeout, watched, _env_number("GROUP_RANK", 0))
         atexit.register(self.close, at_exit=True)
+        try:
+            self._start_group(grouped)
+        except RuntimeError as error:
+            if single_node:
+                raise
+            interface = os.environ.get("GLOO_SOCKET_IFNAME", "the address of this host's name")
+            raise ParallelError(
+                f"rank {self.rank} of {self.size} cannot reach the others over {interface} "
+                f"({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME on "
+                "GPUs) on each node to the interface that leads to the other nodes"
+            ) from None
+
+    def _start_group(self, grouped: dist.Store) -> None:
+        """The process group, whose ranks find each other through the store `grouped`."""
         cuda = self.device.type == "cuda"
         # A short timeout of the group would end a chat whose user is thinking. The watch notices a
         # silent rank.
@@ -354,3 +378,41 @@ def _bind_to_loopback() -> None:
         if interface in ("lo", "lo0"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def _bind_towards(host: str) -> None:
+    """gloo uses the interface by which this node reaches `host`, unless the user chose one.
+
+    By itself gloo takes the address that this node's own name has here. That is often a loopback
+    address, which no other node can reach.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address = _address_towards(host)
+    # A name that leads to loopback on its own node leads elsewhere on the others.
+    if address.startswith("127.") and host not in ("localhost", "127.0.0.1"):
+        return
+    for _, interface in socket.if_nameindex():
+        if _address_of(interface) == address:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            return
+
+
+def _address_towards(host: str) -> str:
+    """This node's IPv4 address on the way to `host`; "" if there is no such way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # this chooses the way and sends nothing
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
+def _address_of(interface: str) -> str | None:
+    """The IPv4 address of a network interface. Only Linux tells it in this way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request = struct.pack("256s", interface.encode()[:15])
+        try:
+            return socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24])
+        except OSError:
+            return None

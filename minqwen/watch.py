@@ -8,6 +8,7 @@ say which rank is to blame.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import NamedTuple, NoReturn
 
@@ -36,10 +37,11 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 class Process(NamedTuple):
     """A process on some node. Two processes of one `space` give the same pid to the same process;
-    `space` is empty where that is unknown."""
+    `space` is empty where that is unknown. `node` is torchrun's number of the node."""
 
     pid: int
     space: str
+    node: int
 
 
 class Word(NamedTuple):
@@ -62,8 +64,8 @@ class Awaited(NamedTuple):
 class Watch(threading.Thread):
     """A thread in every rank that watches all other ranks, which are called its peers.
 
-    The first rank that notices a lost peer prints the line; then all ranks exit with status 1. What
-    the watch notices:
+    The first rank that notices a lost peer prints the line; then all ranks exit with status 1. A
+    node that no longer reaches the store prints a line of its own. What the watch notices:
 
     - A peer is killed or crashes. The pidfd of every peer on this node, and of torchrun, becomes
       readable when that process ends. Only Linux has pidfds.
@@ -79,6 +81,10 @@ class Watch(threading.Thread):
     - A peer ends of its own accord, for whatever reason. Its last word says so. That alone is no
       loss, but it becomes one when this rank waits in a collective that the peer has not joined, or
       when a collective of this rank fails.
+    - The store, which is on one of the nodes, fails or does not answer for `timeout` seconds. The
+      peers on other nodes are lost then, because nothing is known of them any more. A question to
+      the store that gets no answer may last for hours, so a second thread, the guard, counts how
+      long each question lasts.
 
     A rank whose main thread ends with an exception prints the line itself. Where all ranks fail
     alike, rank 0 does.
@@ -92,9 +98,11 @@ class Watch(threading.Thread):
     longer.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float, store: dist.Store) -> None:
+    def __init__(
+        self, rank: int, size: int, timeout: float, store: dist.Store, node: int = 0
+    ) -> None:
         super().__init__(name="minqwen-watch", daemon=True)
-        self.rank, self.size, self.timeout, self.store = rank, size, timeout, store
+        self.rank, self.size, self.timeout, self.store, self.node = rank, size, timeout, store, node
         self.beat = min(1.0, timeout / 8)  # seconds from one look at the others to the next
         self.beats = 0
         self.leaving = False  # this rank ends of its own accord
@@ -107,6 +115,8 @@ class Watch(threading.Thread):
         self.exit_code = 1
         self.left: set[int] = set()  # peers that ended of their own accord, or are about to
         self.lost: dict[int, str] = {}  # other peers that are gone, or torchrun, and what happened
+        self.questions: dict[int, int] = {}  # of each thread: its unanswered question to the store
+        self.asked = itertools.count()
         self.peers = self._meet(max(timeout, 60))
         self.looked = time.monotonic()
         self.words = dict.fromkeys(self.peers, Word(-1))  # the last word of each peer ...
@@ -115,18 +125,21 @@ class Watch(threading.Thread):
         self.awaited_since = self.looked  # ... and since when
         self.poll = select.poll()
         self.pidfds: dict[int, int] = {}
-        for r, process in {**self.peers, TORCHRUN: Process(os.getppid(), _pid_space())}.items():
+        torchrun = Process(os.getppid(), _pid_space(), node)
+        for r, process in {**self.peers, TORCHRUN: torchrun}.items():
             self._open_pidfd(r, process)
         self.waker, self.wake = os.pipe()
         os.set_blocking(self.wake, False)
         self.poll.register(self.waker, select.POLLIN)
         self.handlers = self._catch_signals()
         self.excepthook, sys.excepthook = sys.excepthook, self._report
+        self.gone = threading.Event()  # this rank has left and asks the store nothing more
+        threading.Thread(target=self._guard, name="minqwen-guard", daemon=True).start()
         self.start()
 
     def _meet(self, patience: float) -> dict[int, Process]:
         """Waits until every rank has written who it is. Returns each peer's process."""
-        self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space()]))
+        self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space(), self.node]))
         self.store.set(f"word/{self.rank}", json.dumps(Word()))
         deadline = time.monotonic() + patience
         peers = [r for r in range(self.size) if r != self.rank]
@@ -216,15 +229,47 @@ class Watch(threading.Thread):
         """Writes this rank's word to the store and reads those of its peers."""
         self.beats += 1
         try:
-            own = Word(self.beats, self.leaving, self.joined, _place())
-            self.store.set(f"word/{self.rank}", json.dumps(own))
-            words = self.store.multi_get([f"word/{r}" for r in self.peers])
-            self.ended = self.store.check(["ended"])
+            with self._asking():
+                own = Word(self.beats, self.leaving, self.joined, _place())
+                self.store.set(f"word/{self.rank}", json.dumps(own))
+                words = self.store.multi_get([f"word/{r}" for r in self.peers])
+                self.ended = self.store.check(["ended"])
         except RuntimeError:
-            self.lost[TORCHRUN] = "torchrun's store does not answer"
+            self._lose_store("torchrun's store does not answer")
             return
         for r, word in zip(self.peers, words):
             self._hear(r, Word(*json.loads(word)), now)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """What is done within is a question to the store, which the guard does not let last."""
+        thread = threading.get_ident()
+        self.questions[thread] = next(self.asked)
+        try:
+            yield
+        finally:
+            del self.questions[thread]
+
+    def _guard(self) -> None:
+        """Ends this process when the store does not answer a question for `timeout` seconds.
+
+        It counts its own beats: the time in which this whole process is stopped does not count.
+        """
+        waited: dict[int, float] = {}  # how long each unanswered question has lasted
+        while not self.gone.wait(self.beat):
+            unanswered = list(self.questions.values())
+            waited = {question: waited.get(question, 0) + self.beat for question in unanswered}
+            if max(waited.values(), default=0) > self.timeout:
+                silence = f"torchrun's store has not answered for {self.timeout:g} s"
+                self._lose_store(f"{silence} (is the network cut?)")
+                self._end()
+
+    def _lose_store(self, reason: str) -> None:
+        """Without the store nothing is known of the peers on other nodes."""
+        for r, process in self.peers.items():
+            if process.node != self.node and r not in self.left:
+                self.lost.setdefault(r, f"on node {process.node} cannot be reached")
+        self.lost[TORCHRUN] = reason
 
     def _hear(self, r: int, word: Word, now: float) -> None:
         if word.beats != self.words[r].beats:
@@ -245,7 +290,9 @@ class Watch(threading.Thread):
         patience = self.timeout if self.failed_at == NEVER else min(self.timeout, 5)
         for r, then in self.heard.items():
             if now - then > patience and r not in self.left:
-                self.lost.setdefault(r, f"has been silent for {patience:g} s (stopped or hung)")
+                self.lost.setdefault(
+                    r, f"has been silent for {patience:g} s (stopped, hung or cut off)"
+                )
 
     def _note_missed(self, now: float) -> None:
         """Peers that left are lost if they have not joined the collective in which this rank waits,
@@ -292,11 +339,13 @@ class Watch(threading.Thread):
 
     def _is_first(self) -> bool:
         """Whether this rank prints the line: the first to ask the store does. Without the store it
-        is the lowest rank that is still there."""
+        is the lowest rank of this node that is still there."""
         if TORCHRUN in self.lost:
-            return self.rank == min(set(range(self.size)) - self.left - self.lost.keys())
+            here = {r for r, process in self.peers.items() if process.node == self.node}
+            return self.rank == min({self.rank} | (here - self.left - self.lost.keys()))
         try:
-            return self.store.add("ended", 1) == 1
+            with self._asking():
+                return self.store.add("ended", 1) == 1
         except RuntimeError:
             return True  # two lines are better than none
 
@@ -364,6 +413,7 @@ class Watch(threading.Thread):
         self._look(0)  # this writes the last word
         if self.exit_at == NEVER:
             self._wait_for_others(time.monotonic() + linger)
+        self.gone.set()
         if self.handlers and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
             for number, handler in self.handlers.items():

@@ -53,7 +53,7 @@ def test_a_killed_rank_ends_all():
 
 def test_a_stopped_rank_ends_all_after_the_timeout():
     end = run(3, 1, "os.kill(os.getpid(), signal.SIGSTOP)", MINQWEN_TIMEOUT="4")
-    reason = "has been silent for 4 s (stopped or hung)"
+    reason = "has been silent for 4 s (stopped, hung or cut off)"
     assert end.errors == [f"error: rank 1 of 3 (pid {end.pid}) {reason}: all ranks stop"]
     assert end.code != 0 and not end.tracebacks
 

@@ -48,25 +48,25 @@ def torchrun(
                 stdin=subprocess.DEVNULL,
                 stdout=out_file,
                 stderr=err_file,
-                env=_environment(mark, env or {}),
+                env=environment(mark, env or {}),
                 start_new_session=True,
             )
         try:
             code = process.wait(timeout)
-            left = _marked(mark)
+            left = marked(mark)
             assert not left, f"processes outlived torchrun: {left}"
         except subprocess.TimeoutExpired as error:
             error.stdout, error.stderr = out.read_text(), err.read_text()
             raise
         finally:
             # Each rank has a session of its own: killing torchrun's process group would miss it.
-            for process_left in _marked(mark):
+            for process_left in marked(mark):
                 process_left.kill()
             process.wait()
         return subprocess.CompletedProcess(process.args, code, out.read_text(), err.read_text())
 
 
-def _environment(mark: str, changes: dict[str, str | None]) -> dict[str, str]:
+def environment(mark: str, changes: dict[str, str | None]) -> dict[str, str]:
     """This process's environment, with what the ranks need and with the caller's changes."""
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     wanted: dict[str, str | None] = {
@@ -81,7 +81,7 @@ def _environment(mark: str, changes: dict[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-def _marked(mark: str) -> list[psutil.Process]:
+def marked(mark: str) -> list[psutil.Process]:
     """The processes of one run that are still there, running or stopped."""
     found = []
     for process in psutil.process_iter():
