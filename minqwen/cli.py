@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from minqwen.checks import did_you_mean
 from minqwen.errors import MinqwenError
+from minqwen.heads.layout import RECIPES
 from minqwen.parallel import Mesh
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "embedded"
@@ -68,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model and what `checkpoint.load_pretrained` takes besides it."""
+    """--model and what `Qwen2.from_pretrained` takes besides it."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -99,11 +100,45 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--check-finite", action="store_true", help="refuse weights that hold NaN or infinity"
     )
+    heads_flags(parser)
+
+
+def heads_flags(parser: argparse.ArgumentParser) -> None:
+    """Other numbers of heads than the checkpoint has."""
+    group = parser.add_argument_group("heads")
+    group.add_argument(
+        "--num-attention-heads",
+        type=int,
+        metavar="N",
+        help="query heads in memory, the same function (default: the checkpoint's)",
+    )
+    group.add_argument(
+        "--num-key-value-heads",
+        type=int,
+        metavar="N",
+        help="KV heads in memory (default: the checkpoint's)",
+    )
+    group.add_argument(
+        "--head-recipe",
+        default="ghost",
+        choices=list(RECIPES),
+        help="what the new heads hold (default: ghost); docs/head-extension.md",
+    )
+
+
+def heads_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of `heads_flags`, as keyword arguments of LLM and of `Qwen2.from_pretrained`."""
+    return {
+        "num_attention_heads": args.num_attention_heads,
+        "num_key_value_heads": args.num_key_value_heads,
+        "head_recipe": args.head_recipe,
+    }
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of `model_flags`, as keyword arguments of LLM and of `load_pretrained`."""
+    """The values of `model_flags`, as keyword arguments of LLM and of `Qwen2.from_pretrained`."""
     return {
+        **heads_options(args),
         "dtype": args.dtype,
         "device": args.device,
         "arithmetic": args.arithmetic,

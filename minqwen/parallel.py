@@ -120,7 +120,10 @@ def check_degree(config: ModelConfig, size: int) -> None:
     if len(obstacles) == 1 and "query heads" in obstacles[0]:
         # K divides `size` here, or there would be no obstacle: the result is a multiple of K too.
         heads = _ceil_divide(config.num_attention_heads, size) * size
-        line += f"; or extend to {heads} heads: tools/heads.py extend"
+        line += (
+            f"; or with {heads} heads: --num-attention-heads {heads} "
+            "(tools/heads.py extend writes them)"
+        )
     raise ParallelError(line)
 
 

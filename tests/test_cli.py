@@ -39,8 +39,11 @@ def said(capsys, arguments: list[str]) -> str:
 def test_right_arguments_are_parsed():
     args = parser().parse_args(["save", "x", "--temperature", "0"])
     assert (args.command, args.out, args.temperature) == ("save", "x", 0.0)
-    args = parser().parse_args(["show", "--dtype", "float32"])
+    args = parser().parse_args(["show", "--dtype", "float32", "--num-attention-heads", "32"])
     assert model_options(args) == {
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_recipe": "ghost",
         "dtype": "float32",
         "device": None,
         "arithmetic": "native",

@@ -78,7 +78,8 @@ def test_the_refusal_says_what_would_help():
 
     assert line(make(), 8) == (
         "tensor-parallel degree 8 does not fit this model: 28 query heads do not divide by 8; "
-        "degrees that work: 1, 2, 4; or extend to 32 heads: tools/heads.py extend"
+        "degrees that work: 1, 2, 4; or with 32 heads: "
+        "--num-attention-heads 32 (tools/heads.py extend writes them)"
     )
     check_degree(make(heads=32), 8)
     assert "3 nor divide it" in line(make(), 3)

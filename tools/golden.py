@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from minqwen.cli import EMBEDDED, Parser, run
+from minqwen.cli import EMBEDDED, Parser, heads_flags, heads_options, run
 from minqwen.config import BYTES_PER_ELEMENT
 from minqwen.lab.golden import fingerprint
 from minqwen.parallel import Mesh
@@ -19,7 +19,7 @@ def print_fingerprints(args: argparse.Namespace) -> None:
     """One line for each dtype, from rank 0."""
     mesh = Mesh.from_env(args.device)
     for dtype in args.dtype:
-        digest = fingerprint(args.model, dtype, mesh=mesh)
+        digest = fingerprint(args.model, dtype, mesh=mesh, **heads_options(args))
         if mesh.rank == 0:
             print(dtype, digest, flush=True)
     mesh.close()
@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     command.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: GPUs if there is one for each rank"
     )
+    heads_flags(command)
     args: argparse.Namespace = parser.parse_args()
     return args
 

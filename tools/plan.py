@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minqwen.cli import Parser, check_writable, run
+from minqwen.cli import Parser, check_writable, heads_flags, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import MinqwenError, ParallelError
+from minqwen.heads.layout import extended_config
+from minqwen.heads.proposals import asked_layout, asks_for_heads
 from minqwen.lab.figures import new_figure, save
 from minqwen.lab.planner import (
     CAPACITIES,
@@ -101,9 +103,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=int, metavar="N", help="tensor-parallel degree (default: 1, 2, 4 and 8)"
     )
-    parser.add_argument(
-        "--num-attention-heads", type=int, metavar="N", help="after head extension; head_dim stays"
-    )
+    heads_flags(parser)
     parser.add_argument("--dtype", choices=list(BYTES_PER_ELEMENT), help="default: the config's")
     parser.add_argument(
         "--quantization", choices=QUANTIZATIONS, help="of the weights (default: the config's)"
@@ -147,9 +147,10 @@ def check_args(args: argparse.Namespace) -> None:
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
     config = official_config(args.size) if args.size else ModelConfig.from_json(Path(args.model))
-    if args.num_attention_heads is not None:
-        config = config.replace(num_attention_heads=args.num_attention_heads)
-    return config
+    heads = (args.num_attention_heads, args.num_key_value_heads, args.head_recipe)
+    if not asks_for_heads(*heads):
+        return config
+    return extended_config(config, asked_layout(config, *heads))
 
 
 # ---- the answers --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ python tools/trace.py save "In the beginning" OUT.safetensors --names "*.resid_p
 python tools/trace.py save OUT.safetensors --ids 5,300,17 --names "*"
 
 A saved file says in its metadata what it is of: ids, text, dtype, arithmetic, model, and the
-SHA-256 of config.json and of each weight file.
+SHA-256 of config.json and of each weight file; and the numbers of heads, if the command named any.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minqwen.checks import dtype_name
-from minqwen.cli import Parser, check_writable, is_first_rank, model_flags, model_options, run
+from minqwen.cli import (
+    Parser,
+    check_writable,
+    heads_options,
+    is_first_rank,
+    model_flags,
+    model_options,
+    run,
+)
 from minqwen.errors import MinqwenError
 from minqwen.model.trace import POINTS, Point, select
 
@@ -122,6 +130,8 @@ def save(args: argparse.Namespace) -> None:
 def metadata(traced: Traced, args: argparse.Namespace) -> dict[str, str]:
     """What a saved file says of itself; lists and objects are JSON."""
     given = {} if traced.text is None else {"text": traced.text}
+    if args.num_attention_heads is not None or args.num_key_value_heads is not None:
+        given["heads"] = json.dumps(heads_options(args))
     return given | {
         "format": "pt",
         "ids": json.dumps(traced.ids),

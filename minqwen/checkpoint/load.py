@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +23,30 @@ from minqwen.parallel import SINGLE, Mesh, Shard, check_degree, shard
 OPTIONS = ("dtype", "device", "arithmetic", "mesh", "check_finite", "progress", "offload")
 
 
+class Weights(Protocol):
+    """What a model is loaded from: a `Checkpoint`, or a view of one (heads/view.py)."""
+
+    config: ModelConfig
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def check(self) -> None: ...
+
+    def check_finite(self) -> None: ...
+
+    def read(
+        self,
+        name: str,
+        shard: Shard | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 def load_pretrained(
-    path: str | Path,
+    path: str | Path | Weights,
     *,
     dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
@@ -35,6 +59,8 @@ def load_pretrained(
 ) -> Qwen2:
     """The model in `path`, a directory with config.json and safetensors files, on this rank.
 
+    Or the model of weights that were opened already, in whatever form they are read.
+
     dtype: of weights, activations and logits; "auto" is config.json's. device: default the mesh's.
     arithmetic: see model/arithmetic.py. check_finite: scan all weights for NaN and infinity first.
     progress: a bar, on rank 0. offload: for a device that is too small, the layers' weights stay in
@@ -44,7 +70,7 @@ def load_pretrained(
     """
     refuse_unknown_arguments(unknown, OPTIONS)
     check_options(dtype=dtype, device=device, arithmetic=arithmetic, offload=offload)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path) if isinstance(path, (str, os.PathLike)) else path
     config = checkpoint.config
     check_degree(config, mesh.size)
     checkpoint.check()
@@ -130,9 +156,7 @@ def _check_choice(option: str, value: str, choices: list[str]) -> None:
 class _RankReader:
     """Reads this rank's slices of a checkpoint in the model's dtype, and counts them on a bar."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, mesh: Mesh, progress: bool
-    ) -> None:
+    def __init__(self, checkpoint: Weights, dtype: torch.dtype, mesh: Mesh, progress: bool) -> None:
         self.checkpoint, self.dtype, self.mesh = checkpoint, dtype, mesh
         self.config = checkpoint.config
         self.bar = tqdm(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minqwen.checkpoint import Checkpoint, load_pretrained
+from minqwen.checkpoint import load_pretrained
 from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
 from minqwen.checks import is_integer, optional_integer
 from minqwen.config import GenerationDefaults, ModelConfig
@@ -28,6 +28,7 @@ from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for, size_cache
 from minqwen.errors import ConfigError, RequestError, SamplingError
+from minqwen.heads.view import HEAD_OPTIONS, open_weights
 from minqwen.model import Qwen2
 from minqwen.model.trace import Hook, Names, select
 from minqwen.parallel import Mesh, check_degree
@@ -40,7 +41,7 @@ from minqwen.tokenizer.chat import KEYWORDS, refuse_unknown
 Prompt = str | Sequence[int] | Any  # Any: an array or a tensor of token ids, which has `tolist`
 Message = dict[str, Any]
 Hooks = Sequence[tuple[Names, Hook]]
-LOADING_OPTIONS = (*OPTIONS, "tokenizer", "seed")
+LOADING_OPTIONS = (*OPTIONS, *HEAD_OPTIONS, "tokenizer", "seed")
 
 
 class LLM:
@@ -48,7 +49,9 @@ class LLM:
 
     model: a Hugging Face safetensors directory; then dtype, device, arithmetic, offload and
     check_finite are as in `checkpoint.load_pretrained`. Or a `Qwen2`; then these are its own, and
-    `tokenizer`, or its directory, must be given where text comes in or goes out. options: those of
+    `tokenizer`, or its directory, must be given where text comes in or goes out.
+    num_attention_heads, num_key_value_heads, head_recipe: other numbers of heads in memory, as in
+    `heads.view.load_pretrained`; the files stay as they are. options: those of
     `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks, kv_cache_bytes,
     gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching). seed: of
     requests that have none of their own; None draws one.
@@ -66,6 +69,9 @@ class LLM:
         mesh: Mesh | None = None,
         offload: str | None = None,
         check_finite: bool = False,
+        num_attention_heads: int | None = None,
+        num_key_value_heads: int | None = None,
+        head_recipe: str = "ghost",
         seed: int | None = None,
         progress: bool = False,
         **options: Any,
@@ -81,13 +87,17 @@ class LLM:
                 mesh=mesh,
                 offload=offload,
                 check_finite=check_finite or None,
+                num_attention_heads=num_attention_heads,
+                num_key_value_heads=num_key_value_heads,
+                head_recipe=None if head_recipe == "ghost" else head_recipe,
             )
             self.model, self.mesh, self.tokenizer = model, model.mesh, opened(tokenizer)
             self.defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
         else:
             arithmetic = arithmetic or "native"
             check_options(dtype=dtype, device=device, arithmetic=arithmetic, offload=offload)
-            config = Checkpoint(model).config
+            weights = open_weights(model, num_attention_heads, num_key_value_heads, head_recipe)
+            config = weights.config
             self.options.check(config)
             self.mesh = mesh or Mesh.from_env(device)
             check_degree(config, self.mesh.size)
@@ -96,7 +106,7 @@ class LLM:
             self.tokenizer = opened(tokenizer) or Tokenizer.from_dir(model)
             self.defaults = GenerationDefaults.from_dir(model, config)
             self.model = load_pretrained(
-                model,
+                weights,
                 dtype=dtype,
                 device=device,
                 arithmetic=arithmetic,
@@ -105,6 +115,10 @@ class LLM:
                 progress=progress,
                 offload=offload,
             )
+        self._start(seed)
+
+    def _start(self, seed: int | None) -> None:
+        """Make the engine for the model that is in place."""
         self.max_model_len, num_blocks = size_cache(self.model, self.options)
         self.core = self._make_core(num_blocks)
         self._arrivals = itertools.count()

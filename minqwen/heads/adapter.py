@@ -36,6 +36,15 @@ _REFUSED = (
 )
 
 
+def refuse_adapter(path: str | os.PathLike[str]) -> None:
+    """Raise HeadsError if `path` is the directory of a LoRA adapter, which is no whole model."""
+    if os.path.lexists(Path(path) / ADAPTER_CONFIG):
+        raise HeadsError(
+            f"{path}: holds a LoRA adapter ({ADAPTER_CONFIG}), whose heads cannot be changed while "
+            "it is loaded: merge it into its base, or use tools/heads.py extend-adapter"
+        )
+
+
 def extend_adapter_tensor(name: str, tensor: Tensor, to: Layout) -> Tensor:
     """lora_A [r, in] or lora_B [out, r] for the target.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from minqwen.checks import one_of, optional_integer
 from minqwen.config import ModelConfig
 from minqwen.errors import HeadsError
-from minqwen.heads.layout import Layout, derived_head_dim, extended_config, layout
+from minqwen.heads.layout import RECIPES, Layout, derived_head_dim, extended_config, layout
 from minqwen.parallel import valid_degrees
 
 MAX_GROWTH = 64  # proposals have at most so many times the source's query heads
@@ -59,6 +60,48 @@ def cost(
         target.kv_bytes_per_token("bfloat16"),
         {n: attention_macs(target, n) / attention_macs(config, n) for n in contexts},
     )
+
+
+def asks_for_heads(
+    num_attention_heads: int | None, num_key_value_heads: int | None, recipe: str = "ghost"
+) -> bool:
+    """Whether a user named a number of heads. Raises HeadsError for values that make no sense."""
+    optional_integer("num_attention_heads", num_attention_heads, 1, error=HeadsError)
+    optional_integer("num_key_value_heads", num_key_value_heads, 1, error=HeadsError)
+    one_of("head_recipe", recipe, tuple(RECIPES), error=HeadsError)
+    if num_attention_heads is not None or num_key_value_heads is not None:
+        return True
+    if recipe != "ghost":
+        raise HeadsError(
+            f"head_recipe is {recipe!r}, but no number of heads was given: give "
+            "num_attention_heads too, or leave head_recipe out"
+        )
+    return False
+
+
+def asked_layout(
+    config: ModelConfig,
+    num_attention_heads: int | None,
+    num_key_value_heads: int | None,
+    recipe: str = "ghost",
+) -> Layout:
+    """`layout`, whose refusal of two numbers ends with numbers that work."""
+    try:
+        return layout(config, num_attention_heads, num_key_value_heads, recipe=recipe)
+    except HeadsError as error:
+        wanted = num_key_value_heads or config.num_key_value_heads
+        kv_heads = max(wanted, config.num_key_value_heads)
+        some = ", ".join(map(str, working_counts(config, kv_heads)))
+        raise HeadsError(
+            f"{error}; with {kv_heads} key/value heads these work: {some}, ... query heads"
+        ) from None
+
+
+def working_counts(config: ModelConfig, kv_heads: int, how_many: int = 4) -> list[int]:
+    """The smallest numbers of query heads with which `layout` takes `kv_heads` KV heads."""
+    copies = kv_heads // config.num_key_value_heads
+    per_slot = -(-config.group_size // copies)  # query slots that each KV slot needs
+    return [kv_heads * (per_slot + i) for i in range(how_many)]
 
 
 def propose(

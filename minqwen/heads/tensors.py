@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +71,39 @@ def extend_tensor(name: str, tensor: Tensor, to: Layout) -> Tensor:
     return placed
 
 
+def needs_whole(name: str, to: Layout) -> bool:
+    """Whether every slot of a parameter depends on the whole source tensor.
+
+    The noise of recipe random has the spread of all of q.
+    """
+    return to.recipe == "random" and suffix(name).startswith("q_proj")
+
+
+def extend_slots(
+    name: str, to: Layout, slots: range, read: Callable[[list[int]], Tensor]
+) -> Tensor:
+    """These slots of what `extend_tensor` makes of a parameter, bit for bit.
+
+    For a parameter that `blocks_of` moves and of which not the whole is needed (`needs_whole`).
+    read(numbers): the source's blocks with these numbers, ascending, side by side. It is called
+    once, for the blocks that the slots need.
+    """
+    blocks = blocks_of(name, to)
+    assert blocks is not None and not needs_whole(name, to), name
+    if suffix(name) == "o_proj.weight":
+        return _share_some_columns(to, slots, read)
+    mine = blocks.slots[slots.start : slots.stop]
+    held = sorted({block for block in mine if block is not None})
+    source = read(held)
+    if not held:
+        shape = list(source.shape)
+        shape[blocks.dim] = len(slots) * blocks.unit
+        return source.new_zeros(shape)
+    index = {block: i for i, block in enumerate(held)}
+    moved = tuple(None if block is None else index[block] for block in mine)
+    return place(source, replace(blocks, slots=moved, count=len(held)))
+
+
 def shrink_tensor(name: str, tensor: Tensor, to: Layout) -> tuple[Tensor, dict[int, float]]:
     """The inverse: the source's parameter out of the target's, and what does not fit.
 
@@ -121,6 +155,31 @@ def _share_columns(weight: Tensor, to: Layout) -> Tensor:
             rest = rest - part
         columns[:, first] = rest
     return columns.flatten(1)
+
+
+def _share_some_columns(to: Layout, slots: range, read: Callable[[list[int]], Tensor]) -> Tensor:
+    """`_share_columns`, of these slots alone.
+
+    A head's first slot gets what its others leave. So all slots of each head are made, and those
+    that nobody asked for are dropped.
+    """
+    held = sorted({h for j in slots if to.shares[j] and (h := to.heads[j]) is not None})
+    shared = {slot for head in held for slot in to.contributing_slots(head)}
+    made = sorted(shared.union(slots))
+    index = {head: i for i, head in enumerate(held)}
+    part = replace(
+        to,
+        source_heads=len(held),
+        heads=tuple(_numbered(to.heads[slot], index) for slot in made),
+        shares=tuple(to.shares[slot] for slot in made),
+    )
+    columns: Tensor = _share_columns(read(held), part).unflatten(1, (len(made), to.head_dim))
+    wanted = torch.tensor([made.index(slot) for slot in slots], dtype=torch.long)
+    return columns.index_select(1, wanted).flatten(1)
+
+
+def _numbered(head: int | None, index: dict[int, int]) -> int | None:
+    return None if head is None else index.get(head)
 
 
 def _sum_columns(columns: Tensor, slots: list[int]) -> Tensor:

@@ -237,12 +237,13 @@ class Qwen2(nn.Module):
             f"{self.ops.name} arithmetic{rank}"
         )
 
-    # The model itself never opens a file: these two are the only lines that look up to checkpoint.
+    # The model itself never opens a file: these two are the only lines that look up, to heads and
+    # to checkpoint.
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Qwen2:
-        """The model in a safetensors directory. options: those of `checkpoint.load_pretrained`."""
-        from minqwen.checkpoint import load_pretrained
+        """The model in a safetensors directory. options: those of `heads.view.load_pretrained`."""
+        from minqwen.heads.view import load_pretrained
 
         model: Qwen2 = load_pretrained(path, **options)
         return model

@@ -51,7 +51,7 @@ def test_json_says_what_the_library_says(tmp_path):
 def test_every_degree_and_the_one_that_cannot_work():
     found = answers("--size", "7B")
     assert [a["size"] for a in found] == [1, 2, 4, 8]
-    assert "extend to 32 heads" in found[3]["error"]
+    assert "--num-attention-heads 32" in found[3]["error"]
     assert list(found[0]["cards_gb"]) == ["24", "40", "48", "80", "141"]
     assert set(found[0]["floors"]) == set(CARDS)
 
@@ -59,6 +59,8 @@ def test_every_degree_and_the_one_that_cannot_work():
 def test_with_32_heads_eight_gpus_can_share_the_model():
     found = answers("--size", "7B", "--num-attention-heads", 32)
     assert [a["heads"] for a in found] == [32] * 4
+    wider = answers("--size", "7B", "--num-attention-heads", 32, "--num-key-value-heads", 8)
+    assert wider[0]["kv_cache"] == 2 * found[0]["kv_cache"]
 
 
 def test_no_context_beyond_the_models_own_without_its_yarn():
@@ -94,7 +96,9 @@ def test_plot_and_what_to_do_without_matplotlib(tmp_path, monkeypatch):
         (["--size", "7B", "--batch", "0"], "batch is 0"),
         (["--size", "7B", "--gpu-memory", "-1"], "--gpu-memory is -1"),
         (["--size", "7B", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization is 1.5"),
-        (["--size", "7B", "--num-attention-heads", "30"], "num_attention_heads is 30"),
+        (["--size", "7B", "--num-attention-heads", "30"], "these work: 28, 32, 36, 40"),
+        (["--size", "7B", "--num-key-value-heads", "3"], "with 4 key/value heads these work: 28"),
+        (["--size", "7B", "--head-recipe", "zero"], "no number of heads was given"),
         (["--size", "9B"], "invalid choice: '9B'"),
         ([], "expected a model's directory, or --size"),
         (["/nowhere", "--size", "7B"], "not both"),

@@ -194,3 +194,12 @@ def test_mistakes_are_one_line_and_exit_2_before_a_weight_is_read(unreadable_wei
     assert result.code == 2 and result.out == ""
     assert result.err.startswith("error: ") and result.err.count("\n") == 1
     assert says in result.err
+
+
+def test_a_trace_with_more_heads_says_so(tmp_path):
+    flags = ["--names", "*.pattern", "--num-attention-heads", 32]
+    done = run_tool_here("trace.py", "save", "In the beginning", tmp_path / "t.safetensors", *flags)
+    assert done.code == 0, done.err
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["heads"])["num_attention_heads"] == 32
+        assert file.get_slice("layers.0.attn.pattern").get_shape()[0] == 32
