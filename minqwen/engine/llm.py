@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 from minqwen.checkpoint import Checkpoint, load_pretrained
+from minqwen.checkpoint.embedded import EMBEDDED
 from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
 from minqwen.checks import is_integer, optional_integer
 from minqwen.config import GenerationDefaults, ModelConfig
+from minqwen.engine.arguments import check_geometry, warn_of_idle
 from minqwen.engine.blocks import BlockPool
 from minqwen.engine.core import EngineCore
 from minqwen.engine.outputs import Delta, RequestOutput
@@ -27,7 +29,7 @@ from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for, size_cache
-from minqwen.errors import ConfigError, RequestError, SamplingError
+from minqwen.errors import ConfigError, MinqwenError, RequestError, SamplingError
 from minqwen.model import Qwen2
 from minqwen.model.trace import Hook, Names, select
 from minqwen.parallel import Mesh, check_degree
@@ -46,18 +48,19 @@ LOADING_OPTIONS = (*OPTIONS, "tokenizer", "seed")
 class LLM:
     """A model, its tokenizer, and the engine that runs requests on them.
 
-    model: a Hugging Face safetensors directory; then dtype, device, arithmetic, offload and
-    check_finite are as in `checkpoint.load_pretrained`. Or a `Qwen2`; then these are its own, and
-    `tokenizer`, or its directory, must be given where text comes in or goes out. options: those of
-    `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks, kv_cache_bytes,
-    gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching). seed: of
-    requests that have none of their own; None draws one.
+    model: a Hugging Face safetensors directory (default: the embedded model's); then dtype, device,
+    arithmetic, offload and check_finite are as in `checkpoint.load_pretrained`. Or a `Qwen2`; then
+    these are its own, and `tokenizer`, or its directory, must be given where text comes in or goes
+    out. options: those of `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks,
+    kv_cache_bytes, gpu_memory_utilization, max_num_seqs, max_num_batched_tokens,
+    enable_prefix_caching), and vLLM's, as `engine.arguments` says. seed: of requests that have none
+    of their own; None draws one. `with LLM(...) as llm:` frees the memory at its end.
     Raises MinqwenError for what cannot work, before any weight is read where that can be known.
     """
 
     def __init__(
         self,
-        model: str | Path | Qwen2,
+        model: str | Path | Qwen2 = EMBEDDED,
         *,
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         dtype: str | torch.dtype = "auto",
@@ -82,7 +85,8 @@ class LLM:
                 offload=offload,
                 check_finite=check_finite or None,
             )
-            self.model, self.mesh, self.tokenizer = model, model.mesh, opened(tokenizer)
+            check_geometry(options, model.config, model.mesh.size)
+            self.mesh, self.tokenizer = model.mesh, opened(tokenizer)
             self.defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
         else:
             arithmetic = arithmetic or "native"
@@ -90,12 +94,10 @@ class LLM:
             config = Checkpoint(model).config
             self.options.check(config)
             self.mesh = mesh or Mesh.from_env(device)
-            check_degree(config, self.mesh.size)
-            of_model = resolve_dtype(dtype, config)
-            check_cache_asked_for(self.options, config, of_model, self.mesh.size)
+            self._check_before_loading(options, config, resolve_dtype(dtype, config))
             self.tokenizer = opened(tokenizer) or Tokenizer.from_dir(model)
             self.defaults = GenerationDefaults.from_dir(model, config)
-            self.model = load_pretrained(
+            model = load_pretrained(
                 model,
                 dtype=dtype,
                 device=device,
@@ -105,8 +107,9 @@ class LLM:
                 progress=progress,
                 offload=offload,
             )
-        self.max_model_len, num_blocks = size_cache(self.model, self.options)
-        self.core = self._make_core(num_blocks)
+        warn_of_idle(options)
+        self.max_model_len, num_blocks = size_cache(model, self.options)
+        self._core: EngineCore | None = self._make_core(model, num_blocks)
         self._arrivals = itertools.count()
         self._seeds = itertools.count(self._entropy() if seed is None else seed)
         self._hooks: list[tuple[set[str], Hook]] = []  # of the requests that are added now
@@ -116,11 +119,45 @@ class LLM:
         self._mailboxes: dict[str, list[Delta]] = {}
 
     @property
+    def core(self) -> EngineCore:
+        """What makes the steps. Raises MinqwenError once the LLM is closed."""
+        if self._core is None:
+            raise MinqwenError("this LLM is closed: make another one")
+        return self._core
+
+    @property
+    def model(self) -> Qwen2:
+        return self.core.runner.model
+
+    @property
     def config(self) -> ModelConfig:
         return self.model.config
 
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer, under vLLM's name. Raises SamplingError if there is none."""
+        return self._need_tokenizer("get_tokenizer")
+
+    def close(self) -> None:
+        """Drop all requests, the cache and the model, so that their memory is free.
+
+        `with LLM(...) as llm:` does this at its end. A model that somebody else holds stays.
+        """
+        for request_id in list(self._core.requests) if self._core else ():
+            self.abort(request_id)
+        self._unread.clear()
+        self._core = None
+        torch.cuda.empty_cache()  # the next engine asks the device how much of it is free
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def __repr__(self) -> str:
         """The model, and how much the engine holds, in one line."""
+        if self._core is None:
+            return "LLM(closed)"
         pool, name = self.core.pool, f"{self.name}: " if self.name else ""
         return (
             f"LLM({name}{self.model.extra_repr()}; context of {self.max_model_len} tokens, "
@@ -302,7 +339,8 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """Drop a request, free its blocks, forget what is new of it. Unknown ids are no error."""
-        self.core.abort(request_id)
+        if self._core is not None:
+            self._core.abort(request_id)
         for deltas in (self._unread, self._mailboxes.pop(request_id, [])):
             deltas[:] = [delta for delta in deltas if delta.request_id != request_id]
 
@@ -328,7 +366,7 @@ class LLM:
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to report."""
-        return bool(self.core.requests or self._unread)
+        return self._core is not None and bool(self._core.requests or self._unread)
 
     def step(self) -> list[Delta]:
         """One forward pass. Returns what is new of each completion since the last `step`.
@@ -342,11 +380,19 @@ class LLM:
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _make_core(self, num_blocks: int) -> EngineCore:
+    def _check_before_loading(
+        self, given: Mapping[str, Any], config: ModelConfig, dtype: torch.dtype
+    ) -> None:
+        """Raise MinqwenError for what these ranks, this model and this cache cannot be together."""
+        check_geometry(given, config, self.mesh.size)
+        check_degree(config, self.mesh.size)
+        check_cache_asked_for(self.options, config, dtype, self.mesh.size)
+
+    def _make_core(self, model: Qwen2, num_blocks: int) -> EngineCore:
         o = self.options
         pool = BlockPool(num_blocks, o.block_size, o.enable_prefix_caching)
         scheduler = Scheduler(pool, o.max_num_seqs, o.max_num_batched_tokens)
-        runner = Runner(self.model, self.model.new_cache(num_blocks, o.block_size))
+        runner = Runner(model, model.new_cache(num_blocks, o.block_size))
         tokenizer = self.tokenizer
         spell = None if tokenizer is None else lambda token: tokenizer.decode([token])
         return EngineCore(runner, scheduler, self.mesh, spell)
