@@ -197,3 +197,19 @@ def refuse_unknown_arguments(
                 f"there is no argument {name!r}, expected one of {', '.join(names)}"
                 f"{did_you_mean(name, [*names, *meant])}"
             )
+
+
+def refuse_unknown_fields(
+    kind: type[Any], given: Iterable[str], instead: Mapping[str, str], error: ErrorClass
+) -> None:
+    """Raise `error` for a name that is no field of a dataclass: it says which one is meant.
+
+    instead: what to do in place of fields that other engines have.
+    """
+    fields = [name for name in kind.__dataclass_fields__ if not name.startswith("_")]
+    for name in given:
+        if name in instead:
+            raise error(f"{kind.__name__} has no field {name!r}: {instead[name]}")
+        if name not in fields:
+            hint = did_you_mean(name, fields) or f": expected one of {', '.join(fields)}"
+            raise error(f"{kind.__name__} has no field {name!r}{hint}")

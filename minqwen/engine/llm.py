@@ -36,7 +36,7 @@ from minqwen.parallel import Mesh, check_degree
 from minqwen.sampling.draw import bad_word_ids
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.structured import Constraint, ConstraintCompiler
-from minqwen.tokenizer import Tokenizer
+from minqwen.tokenizer import IncrementalDecoder, Tokenizer
 from minqwen.tokenizer.chat import KEYWORDS, refuse_unknown
 
 Prompt = str | Sequence[int] | Any  # Any: an array or a tensor of token ids, which has `tolist`
@@ -319,7 +319,6 @@ class LLM:
         )
         seed = next(self._seeds) if params.seed is None else params.seed
         for index, constraint in enumerate(constraints):
-            decoder = self.tokenizer.decoder(skip_special_tokens=True) if self.tokenizer else None
             completion = Completion(
                 request=request,
                 params=params,
@@ -330,7 +329,7 @@ class LLM:
                 eos_token_ids=self.defaults.eos_token_ids,
                 bad_words=bad_words,
                 max_model_len=room,
-                decoder=decoder,
+                decoder=self._decoder(params),
                 constraint=constraint,
             )
             request.completions.append(completion)
@@ -476,6 +475,12 @@ class LLM:
         if self.tokenizer is None:
             raise SamplingError(f"{what} needs a tokenizer: this LLM was made without one")
         return self.tokenizer
+
+    def _decoder(self, params: SamplingParams) -> IncrementalDecoder | None:
+        """What makes a completion's text; None where there is none."""
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return self.tokenizer.decoder(skip_special_tokens=params.skip_special_tokens)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:
