@@ -22,6 +22,7 @@ from minqwen.interrupts import DURING_IMPORT  # before torch is imported
 from minqwen.checkpoint import Checkpoint
 from minqwen.config import ModelConfig
 from minqwen.engine.llm import LLM
+from minqwen.engine.prompts import TextPrompt, TokensPrompt
 from minqwen.errors import MinqwenError
 from minqwen.model import Batch, Qwen2
 from minqwen.parallel import Mesh
@@ -46,5 +47,7 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputs",
     "StructuredOutputsParams",
+    "TextPrompt",
     "Tokenizer",
+    "TokensPrompt",
 ]

@@ -1,4 +1,4 @@
-"""vLLM's keyword arguments that an LLM takes, so that a call written for vLLM runs here.
+"""vLLM's keyword arguments that an LLM and its calls take, so that calls of vLLM run here.
 
 There are three kinds. Those of IDLE change nothing here, and one warning says so. Those of ONLY
 may have the values that say what happens here anyway; another value would change the result, and is
@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from minqwen.checks import UNQUANTISED, integer
+from minqwen.checks import UNQUANTISED, ErrorClass, did_you_mean, integer
 from minqwen.config import ModelConfig
-from minqwen.errors import ConfigError
+from minqwen.errors import ConfigError, SamplingError
 from minqwen.files import quoted
+from minqwen.sampling.params import SamplingParams
 
 _NOT_CAPTURED = "nothing is compiled or captured"
 _OWN_SCHEDULE = "every step is scheduled when the one before it is done"
@@ -98,6 +99,17 @@ ONLY = {
     "code_revision": Only((None,), f"minqwen downloads nothing: {_DIRECTORY}"),
     "tokenizer_revision": Only((None,), f"minqwen downloads nothing: {_DIRECTORY}"),
 }
+# The same for the keywords of generate and chat.
+_TEXT_ONLY = "prompts are text or token ids; leave it out"
+OF_CALLS = {
+    "lora_request": ONLY["enable_lora"]._replace(values=(None,)),
+    "prompt_adapter_request": Only((None,), "there are no prompt adapters; leave it out"),
+    "priority": Only((None, 0), ONLY["scheduling_policy"].instead),
+    "guided_options_request": Only((None,), "give SamplingParams(structured_outputs=...)"),
+    "prompt_token_ids": Only((None,), "give the ids as the prompts: generate([[1, 2], [3]])"),
+    "mm_processor_kwargs": Only((None,), _TEXT_ONLY),
+    "chat_template_content_format": Only(("auto", "string"), _TEXT_ONLY),
+}
 # Arguments that must be what the model and torchrun say: see `check_geometry`.
 GEOMETRY = ("tensor_parallel_size", "num_attention_heads", "num_key_value_heads")
 OF_VLLM = (*GEOMETRY, *IDLE, *ONLY)
@@ -108,14 +120,40 @@ def without_vllm(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Those of GEOMETRY and IDLE are left out unread.
     """
-    for name, value in options.items():
-        if name in ONLY and not _is_one_of(value, ONLY[name].values):
-            expected = " or ".join(map(repr, ONLY[name].values))
-            raise ConfigError(
-                f"argument {name!r} is {quoted(value, 100)}, expected {expected}: "
-                f"{ONLY[name].instead}"
-            )
+    _check_values(options, ONLY, ConfigError)
     return {name: value for name, value in options.items() if name not in OF_VLLM}
+
+
+def without_vllm_of_calls(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a call of generate or chat, with SamplingError."""
+    _check_values(options, OF_CALLS, SamplingError)
+    return {name: value for name, value in options.items() if name not in OF_CALLS}
+
+
+def refuse_keywords(options: Mapping[str, Any], own: Iterable[str]) -> None:
+    """Raise SamplingError for a keyword that generate or add_request does not have.
+
+    own: those that it has.
+    """
+    own = list(own)
+    for name in without_vllm_of_calls(options):
+        if name in SamplingParams.__dataclass_fields__:
+            raise SamplingError(f"there is no keyword {name!r}: give SamplingParams({name}=...)")
+        raise SamplingError(
+            f"there is no keyword {name!r}, expected one of {', '.join(own)}"
+            f"{did_you_mean(name, [*own, *OF_CALLS])}"
+        )
+
+
+def _check_values(options: Mapping[str, Any], table: Mapping[str, Only], error: ErrorClass) -> None:
+    """Raise `error` for a value that the table does not allow."""
+    for name, value in options.items():
+        if name in table and not _is_one_of(value, table[name].values):
+            expected = " or ".join(map(repr, table[name].values))
+            raise error(
+                f"argument {name!r} is {quoted(value, 100)}, expected {expected}: "
+                f"{table[name].instead}"
+            )
 
 
 def _is_one_of(value: object, allowed: Iterable[object]) -> bool:

@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,16 @@ from minqwen.checkpoint.embedded import EMBEDDED
 from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
 from minqwen.checks import is_integer, optional_integer
 from minqwen.config import GenerationDefaults, ModelConfig
-from minqwen.engine.arguments import check_geometry, warn_of_idle
+from minqwen.engine.arguments import (
+    check_geometry,
+    refuse_keywords,
+    warn_of_idle,
+    without_vllm_of_calls,
+)
 from minqwen.engine.blocks import BlockPool
 from minqwen.engine.core import EngineCore
 from minqwen.engine.outputs import Delta, RequestOutput
+from minqwen.engine.prompts import Prompt, Read, is_prompt, read_prompt
 from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
@@ -39,10 +44,18 @@ from minqwen.sampling.structured import Constraint, ConstraintCompiler
 from minqwen.tokenizer import IncrementalDecoder, Tokenizer
 from minqwen.tokenizer.chat import KEYWORDS, refuse_unknown
 
-Prompt = str | Sequence[int] | Any  # Any: an array or a tensor of token ids, which has `tolist`
 Message = dict[str, Any]
 Hooks = Sequence[tuple[Names, Hook]]
 LOADING_OPTIONS = (*OPTIONS, "tokenizer", "seed")
+KEYWORDS_OF_GENERATE = ("prompts", "sampling_params", "cache_salt", "trace", "hooks", "use_tqdm")
+KEYWORDS_OF_ADD_REQUEST = (
+    "prompt",
+    "sampling_params",
+    "request_id",
+    "cache_salt",
+    "trace",
+    "hooks",
+)
 
 
 class LLM:
@@ -169,16 +182,19 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt] = None,
         sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         cache_salt: str | None = None,
         trace: Names = None,
         hooks: Hooks = (),
         use_tqdm: bool = True,
+        **others: Any,
     ) -> list[RequestOutput]:
-        """Complete every prompt (text or token ids); outputs in the order of the prompts.
+        """Complete every prompt; outputs in the order of the prompts.
 
+        A prompt is text, token ids, or vLLM's {"prompt": ...} or {"prompt_token_ids": ...}. others:
+        vLLM's keywords, refused or without effect as `engine.arguments.OF_CALLS` says.
         trace: names of points, as in `Qwen2.run_with_cache`, to have in each completion's `trace`
         ("*" is all of them). hooks: (names, fn) pairs as in `Qwen2.run_with_hooks`: in every step
         `fn(x, name)` sees each completion's own rows, x [1, T, ...] of the T tokens that are new in
@@ -191,6 +207,7 @@ class LLM:
         is computed; and RequestError, with the outputs of all, if a request fails: after the others
         have finished.
         """
+        refuse_keywords(others, KEYWORDS_OF_GENERATE)
         prompts = [prompts] if is_prompt(prompts) else list(prompts)
         params = spread(sampling_params, len(prompts))
         mailbox: list[Delta] = []
@@ -260,11 +277,13 @@ class LLM:
         tools, documents, add_generation_prompt, continue_final_message, system, chat_template,
         chat_template_kwargs and allow_special.
         """
+        options = without_vllm_of_calls(options)
         check_chat_options(options)
         many = bool(messages) and isinstance(messages[0], (list, tuple))
         conversations: Any = messages if many else [messages]
         tokenizer = self._need_tokenizer("chat")
-        prompts = [tokenizer.encode_chat(chat, **options) for chat in conversations]
+        ids = [tokenizer.encode_chat(chat, **options) for chat in conversations]
+        prompts = [{"prompt_token_ids": i, "prompt": tokenizer.decode(i)} for i in ids]
         return self.generate(
             prompts,
             sampling_params,
@@ -292,6 +311,7 @@ class LLM:
         cache_salt: str | None = None,
         trace: Names = None,
         hooks: Hooks = (),
+        **others: Any,
     ) -> str:
         """Queue one prompt for `step`. Returns its id.
 
@@ -299,11 +319,14 @@ class LLM:
         what is traced is computed, not read from the prefix cache. Raises MinqwenError for what
         cannot be served; then nothing is queued.
         """
+        refuse_keywords(others, KEYWORDS_OF_ADD_REQUEST)
         params = self._checked_params(sampling_params)
+        read = read_prompt(prompt)
+        cache_salt = cache_salt if read.salt is None else read.salt
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
         points, chosen = self._points(trace, params), [*self._hooks, *self._chosen_hooks(hooks)]
-        ids, room = self._prompt_ids(prompt), self._room(params)
+        ids, room = self._prompt_ids(read), self._room(params)
         _check_room(len(ids), self.max_model_len, room)
         bad_words, constraints = self._bad_words(params), self._constraints(params)
         arrival = next(self._arrivals)
@@ -311,7 +334,7 @@ class LLM:
             request_id=self._new_id(request_id, arrival),
             params=params,
             prompt_ids=ids,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=read.text,
             arrival=arrival,
             salt=cache_salt,
             trace=points,
@@ -505,15 +528,16 @@ class LLM:
         grammar, stops = params.structured_outputs, params.stop_token_ids
         return [self._compiler.constraint(grammar, stops) for _ in range(params.n)]
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _prompt_ids(self, prompt: Read) -> list[int]:
         """A prompt's token ids, checked."""
-        if isinstance(prompt, str):
-            ids: Any = self._need_tokenizer("a prompt of text").encode(prompt)
-        else:
-            ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        ids = prompt.ids
+        if ids is None and prompt.text is not None:
+            ids = self._need_tokenizer("a prompt of text").encode(prompt.text)
+        elif hasattr(ids, "tolist"):
+            ids = ids.tolist()
         if not isinstance(ids, (list, tuple)):
             raise SamplingError(
-                f"the prompt is a {type(prompt).__name__}: expected text or a list of token ids"
+                f"the prompt is a {type(ids).__name__}: expected text or a list of token ids"
             )
         if not ids:
             raise SamplingError("the prompt has no tokens: give at least one")
@@ -587,15 +611,6 @@ def spread(
             f"{len(params)} sampling_params for {count} prompts, expected one each or one"
         )
     return list(params)
-
-
-def is_prompt(x: Any) -> bool:
-    """Text or token ids, rather than several of them. An empty list is no prompts."""
-    if hasattr(x, "ndim"):  # an array, a tensor
-        return bool(x.ndim < 2)
-    if isinstance(x, (str, bytes, dict)) or not isinstance(x, Iterable):
-        return True
-    return isinstance(x, (list, tuple)) and bool(x) and isinstance(x[0], Integral)
 
 
 def check_chat_options(options: Mapping[str, Any]) -> None:
