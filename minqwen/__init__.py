@@ -22,22 +22,32 @@ from minqwen.interrupts import DURING_IMPORT  # before torch is imported
 from minqwen.checkpoint import Checkpoint
 from minqwen.config import ModelConfig
 from minqwen.engine.llm import LLM
+from minqwen.engine.prompts import TextPrompt, TokensPrompt
 from minqwen.errors import MinqwenError
 from minqwen.model import Batch, Qwen2
 from minqwen.parallel import Mesh
 from minqwen.sampling.params import SamplingParams
+from minqwen.sampling.structured import StructuredOutputs
 from minqwen.tokenizer import Tokenizer
 
 DURING_IMPORT.end()
+
+# vLLM's names of it: the present one and the older one.
+StructuredOutputsParams = GuidedDecodingParams = StructuredOutputs
 
 __all__ = [
     "LLM",
     "Batch",
     "Checkpoint",
+    "GuidedDecodingParams",
     "Mesh",
     "MinqwenError",
     "ModelConfig",
     "Qwen2",
     "SamplingParams",
+    "StructuredOutputs",
+    "StructuredOutputsParams",
+    "TextPrompt",
     "Tokenizer",
+    "TokensPrompt",
 ]

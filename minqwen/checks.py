@@ -153,7 +153,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 # What people bring from transformers and vLLM, and what to do instead. {value} is what they gave.
-_UNQUANTISED = (
+UNQUANTISED = (
     "minqwen computes with unquantised weights: to save room use dtype='bfloat16' or "
     "offload='memory'"
 )
@@ -162,10 +162,10 @@ _NO_DOWNLOAD = "minqwen downloads nothing: give the directory of a checkpoint"
 OF_OTHERS = {
     "torch_dtype": "use dtype='{value}'",
     "device_map": "use device='cpu' or device='cuda'",
-    "load_in_8bit": _UNQUANTISED,
-    "load_in_4bit": _UNQUANTISED,
-    "quantization": _UNQUANTISED,
-    "quantization_config": _UNQUANTISED,
+    "load_in_8bit": UNQUANTISED,
+    "load_in_4bit": UNQUANTISED,
+    "quantization": UNQUANTISED,
+    "quantization_config": UNQUANTISED,
     "tensor_parallel_size": "start the script with torchrun --nproc-per-node {value}",
     "cpu_offload_gb": "use offload='memory'",
     "attn_implementation": _ONE_WAY,
@@ -180,8 +180,13 @@ OF_OTHERS = {
 }
 
 
-def refuse_unknown_arguments(given: Mapping[str, object], known: Iterable[str]) -> None:
-    """Raise ConfigError for a keyword argument that is not known: it says what to use instead."""
+def refuse_unknown_arguments(
+    given: Mapping[str, object], known: Iterable[str], meant: Iterable[str] = ()
+) -> None:
+    """Raise ConfigError for a keyword argument that is not known: it says what to use instead.
+
+    meant: names besides the known ones that a misspelled one may stand for.
+    """
     names = sorted(known)
     for name, value in given.items():
         if name in OF_OTHERS:
@@ -190,5 +195,21 @@ def refuse_unknown_arguments(given: Mapping[str, object], known: Iterable[str]) 
         if name not in names:
             raise ConfigError(
                 f"there is no argument {name!r}, expected one of {', '.join(names)}"
-                f"{did_you_mean(name, names)}"
+                f"{did_you_mean(name, [*names, *meant])}"
             )
+
+
+def refuse_unknown_fields(
+    kind: type[Any], given: Iterable[str], instead: Mapping[str, str], error: ErrorClass
+) -> None:
+    """Raise `error` for a name that is no field of a dataclass: it says which one is meant.
+
+    instead: what to do in place of fields that other engines have.
+    """
+    fields = [name for name in kind.__dataclass_fields__ if not name.startswith("_")]
+    for name in given:
+        if name in instead:
+            raise error(f"{kind.__name__} has no field {name!r}: {instead[name]}")
+        if name not in fields:
+            hint = did_you_mean(name, fields) or f": expected one of {', '.join(fields)}"
+            raise error(f"{kind.__name__} has no field {name!r}{hint}")

@@ -17,12 +17,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from minqwen.checkpoint.embedded import EMBEDDED as EMBEDDED  # tools import it from here
 from minqwen.checks import did_you_mean
 from minqwen.errors import MinqwenError
 from minqwen.heads.layout import RECIPES
 from minqwen.parallel import Mesh
-
-EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "embedded"
 
 
 class Parser(argparse.ArgumentParser):

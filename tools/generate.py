@@ -48,13 +48,8 @@ def parse() -> argparse.Namespace:
     prompt_flags(parser)
     model_flags(parser)
     sampling_flags(parser)
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--max-model-len", type=int, metavar="N", help="most tokens of prompt and output"
-    )
-    group.add_argument(
-        "--block-size", type=int, default=16, metavar="N", help="tokens per block of the cache"
-    )
+    engine_flags(parser)
+    group = parser.add_argument_group("output")
     group.add_argument("--echo", action="store_true", help="print each prompt before its text")
     group.add_argument("--json", action="store_true", help="one JSON object per prompt on stdout")
     group.add_argument(
@@ -64,6 +59,43 @@ def parse() -> argparse.Namespace:
     if args.system is not None and not args.chat:
         parser.error("--system is the system message of --chat: expected --chat too")
     return args
+
+
+def engine_flags(parser: argparse.ArgumentParser) -> None:
+    """vLLM's flags of the engine. Those that are not given are not in the arguments."""
+    group = parser.add_argument_group("engine", argument_default=argparse.SUPPRESS)
+    add = group.add_argument
+    add("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output")
+    add("--block-size", type=int, metavar="N", help="tokens per block of the cache (default: 16)")
+    add("--gpu-memory-utilization", type=float, metavar="X", help="share of a GPU (default: 0.9)")
+    add("--max-num-seqs", type=int, metavar="N", help="most sequences of a step (default: 64)")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of a step (default: 2048)",
+    )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="share keys and values of common prefixes (default: yes)",
+    )
+    for flag in ("--trust-remote-code", "--enforce-eager"):
+        add(flag, action="store_true", help="makes no difference here")
+    add("--swap-space", type=float, metavar="X", help="makes no difference here")
+
+
+ENGINE_FLAGS = (
+    *("max_model_len", "block_size", "gpu_memory_utilization", "max_num_seqs"),
+    *("max_num_batched_tokens", "enable_prefix_caching"),
+    *("trust_remote_code", "enforce_eager", "swap_space"),
+)
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of `engine_flags` that were given, as keyword arguments of LLM."""
+    given = vars(args)
+    return {name: given[name] for name in ENGINE_FLAGS if name in given}
 
 
 def prompt_flags(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +197,7 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
     defaults = GenerationDefaults.from_dir(args.model, config)
     flags = {name: getattr(args, name) for name in SAMPLING_FLAGS}
     given = {name: value for name, value in flags.items() if value is not None}
-    EngineOptions(max_model_len=args.max_model_len, block_size=args.block_size).check(config)
+    EngineOptions.of(engine_options(args)).check(config)
     return SamplingParams.from_defaults(defaults, ignore_eos=args.ignore_eos, **given)
 
 
@@ -383,8 +415,7 @@ def main() -> int:
     llm = LLM(
         args.model,
         **model_options(args),
-        max_model_len=args.max_model_len,
-        block_size=args.block_size,
+        **engine_options(args),
         seed=args.seed,
         progress=True,
     )

@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,24 @@ import torch
 from tqdm import tqdm
 
 from minqwen.checkpoint import load_pretrained
+from minqwen.checkpoint.embedded import EMBEDDED
 from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
 from minqwen.checks import is_integer, optional_integer
 from minqwen.config import GenerationDefaults, ModelConfig
+from minqwen.engine.arguments import (
+    refuse_keywords,
+    warn_of_idle,
+    without_vllm_of_calls,
+)
 from minqwen.engine.blocks import BlockPool
 from minqwen.engine.core import EngineCore
 from minqwen.engine.outputs import Delta, RequestOutput
+from minqwen.engine.prompts import Prompt, Read, is_prompt, read_prompt
 from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for, size_cache
-from minqwen.errors import ConfigError, RequestError, SamplingError
+from minqwen.errors import ConfigError, MinqwenError, RequestError, SamplingError
 from minqwen.heads.view import HEAD_OPTIONS, open_weights
 from minqwen.model import Qwen2
 from minqwen.model.trace import Hook, Names, select
@@ -35,32 +41,41 @@ from minqwen.parallel import Mesh, check_degree
 from minqwen.sampling.draw import bad_word_ids
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.structured import Constraint, ConstraintCompiler
-from minqwen.tokenizer import Tokenizer
+from minqwen.tokenizer import IncrementalDecoder, Tokenizer
 from minqwen.tokenizer.chat import KEYWORDS, refuse_unknown
 
-Prompt = str | Sequence[int] | Any  # Any: an array or a tensor of token ids, which has `tolist`
 Message = dict[str, Any]
 Hooks = Sequence[tuple[Names, Hook]]
-LOADING_OPTIONS = (*OPTIONS, *HEAD_OPTIONS, "tokenizer", "seed")
+LOADING_OPTIONS = (*OPTIONS, *HEAD_OPTIONS, "tensor_parallel_size", "tokenizer", "seed")
+KEYWORDS_OF_GENERATE = ("prompts", "sampling_params", "cache_salt", "trace", "hooks", "use_tqdm")
+KEYWORDS_OF_ADD_REQUEST = (
+    "prompt",
+    "sampling_params",
+    "request_id",
+    "cache_salt",
+    "trace",
+    "hooks",
+)
 
 
 class LLM:
     """A model, its tokenizer, and the engine that runs requests on them.
 
-    model: a Hugging Face safetensors directory; then dtype, device, arithmetic, offload and
-    check_finite are as in `checkpoint.load_pretrained`. Or a `Qwen2`; then these are its own, and
-    `tokenizer`, or its directory, must be given where text comes in or goes out.
-    num_attention_heads, num_key_value_heads, head_recipe: other numbers of heads in memory, as in
-    `heads.view.load_pretrained`; the files stay as they are. options: those of
+    model: a Hugging Face safetensors directory (default: the embedded model's); then dtype, device,
+    arithmetic, offload and check_finite are as in `checkpoint.load_pretrained`, and
+    num_attention_heads, num_key_value_heads and head_recipe, which are other numbers of heads in
+    memory, as in `heads.view.load_pretrained`. Or a `Qwen2`; then these are its own, and
+    `tokenizer`, or its directory, must be given where text comes in or goes out. options: those of
     `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks, kv_cache_bytes,
-    gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching). seed: of
-    requests that have none of their own; None draws one.
+    gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching), and
+    vLLM's, as `engine.arguments` says. seed: of requests that have none of their own; None draws
+    one. `with LLM(...) as llm:` frees the memory at its end.
     Raises MinqwenError for what cannot work, before any weight is read where that can be known.
     """
 
     def __init__(
         self,
-        model: str | Path | Qwen2,
+        model: str | Path | Qwen2 = EMBEDDED,
         *,
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         dtype: str | torch.dtype = "auto",
@@ -72,6 +87,7 @@ class LLM:
         num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
         head_recipe: str = "ghost",
+        tensor_parallel_size: int | None = None,
         seed: int | None = None,
         progress: bool = False,
         **options: Any,
@@ -91,7 +107,8 @@ class LLM:
                 num_key_value_heads=num_key_value_heads,
                 head_recipe=None if head_recipe == "ghost" else head_recipe,
             )
-            self.model, self.mesh, self.tokenizer = model, model.mesh, opened(tokenizer)
+            self._check_ranks(tensor_parallel_size, model.mesh.size)
+            self.mesh, self.tokenizer = model.mesh, opened(tokenizer)
             self.defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
         else:
             arithmetic = arithmetic or "native"
@@ -100,12 +117,11 @@ class LLM:
             config = weights.config
             self.options.check(config)
             self.mesh = mesh or Mesh.from_env(device)
-            check_degree(config, self.mesh.size)
-            of_model = resolve_dtype(dtype, config)
-            check_cache_asked_for(self.options, config, of_model, self.mesh.size)
+            self._check_ranks(tensor_parallel_size, self.mesh.size)
+            self._check_before_loading(config, resolve_dtype(dtype, config))
             self.tokenizer = opened(tokenizer) or Tokenizer.from_dir(model)
             self.defaults = GenerationDefaults.from_dir(model, config)
-            self.model = load_pretrained(
+            model = load_pretrained(
                 weights,
                 dtype=dtype,
                 device=device,
@@ -115,12 +131,9 @@ class LLM:
                 progress=progress,
                 offload=offload,
             )
-        self._start(seed)
-
-    def _start(self, seed: int | None) -> None:
-        """Make the engine for the model that is in place."""
-        self.max_model_len, num_blocks = size_cache(self.model, self.options)
-        self.core = self._make_core(num_blocks)
+        warn_of_idle(options)
+        self.max_model_len, num_blocks = size_cache(model, self.options)
+        self._core: EngineCore | None = self._make_core(model, num_blocks)
         self._arrivals = itertools.count()
         self._seeds = itertools.count(self._entropy() if seed is None else seed)
         self._hooks: list[tuple[set[str], Hook]] = []  # of the requests that are added now
@@ -130,11 +143,45 @@ class LLM:
         self._mailboxes: dict[str, list[Delta]] = {}
 
     @property
+    def core(self) -> EngineCore:
+        """What makes the steps. Raises MinqwenError once the LLM is closed."""
+        if self._core is None:
+            raise MinqwenError("this LLM is closed: make another one")
+        return self._core
+
+    @property
+    def model(self) -> Qwen2:
+        return self.core.runner.model
+
+    @property
     def config(self) -> ModelConfig:
         return self.model.config
 
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer, under vLLM's name. Raises SamplingError if there is none."""
+        return self._need_tokenizer("get_tokenizer")
+
+    def close(self) -> None:
+        """Drop all requests, the cache and the model, so that their memory is free.
+
+        `with LLM(...) as llm:` does this at its end. A model that somebody else holds stays.
+        """
+        for request_id in list(self._core.requests) if self._core else ():
+            self.abort(request_id)
+        self._unread.clear()
+        self._core = None
+        torch.cuda.empty_cache()  # the next engine asks the device how much of it is free
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def __repr__(self) -> str:
         """The model, and how much the engine holds, in one line."""
+        if self._core is None:
+            return "LLM(closed)"
         pool, name = self.core.pool, f"{self.name}: " if self.name else ""
         return (
             f"LLM({name}{self.model.extra_repr()}; context of {self.max_model_len} tokens, "
@@ -146,16 +193,19 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt] = None,
         sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         cache_salt: str | None = None,
         trace: Names = None,
         hooks: Hooks = (),
         use_tqdm: bool = True,
+        **others: Any,
     ) -> list[RequestOutput]:
-        """Complete every prompt (text or token ids); outputs in the order of the prompts.
+        """Complete every prompt; outputs in the order of the prompts.
 
+        A prompt is text, token ids, or vLLM's {"prompt": ...} or {"prompt_token_ids": ...}. others:
+        vLLM's keywords, refused or without effect as `engine.arguments.OF_CALLS` says.
         trace: names of points, as in `Qwen2.run_with_cache`, to have in each completion's `trace`
         ("*" is all of them). hooks: (names, fn) pairs as in `Qwen2.run_with_hooks`: in every step
         `fn(x, name)` sees each completion's own rows, x [1, T, ...] of the T tokens that are new in
@@ -168,6 +218,7 @@ class LLM:
         is computed; and RequestError, with the outputs of all, if a request fails: after the others
         have finished.
         """
+        refuse_keywords(others, KEYWORDS_OF_GENERATE)
         prompts = [prompts] if is_prompt(prompts) else list(prompts)
         params = spread(sampling_params, len(prompts))
         mailbox: list[Delta] = []
@@ -237,11 +288,13 @@ class LLM:
         tools, documents, add_generation_prompt, continue_final_message, system, chat_template,
         chat_template_kwargs and allow_special.
         """
+        options = without_vllm_of_calls(options)
         check_chat_options(options)
         many = bool(messages) and isinstance(messages[0], (list, tuple))
         conversations: Any = messages if many else [messages]
         tokenizer = self._need_tokenizer("chat")
-        prompts = [tokenizer.encode_chat(chat, **options) for chat in conversations]
+        ids = [tokenizer.encode_chat(chat, **options) for chat in conversations]
+        prompts = [{"prompt_token_ids": i, "prompt": tokenizer.decode(i)} for i in ids]
         return self.generate(
             prompts,
             sampling_params,
@@ -269,6 +322,7 @@ class LLM:
         cache_salt: str | None = None,
         trace: Names = None,
         hooks: Hooks = (),
+        **others: Any,
     ) -> str:
         """Queue one prompt for `step`. Returns its id.
 
@@ -276,11 +330,14 @@ class LLM:
         what is traced is computed, not read from the prefix cache. Raises MinqwenError for what
         cannot be served; then nothing is queued.
         """
+        refuse_keywords(others, KEYWORDS_OF_ADD_REQUEST)
         params = self._checked_params(sampling_params)
+        read = read_prompt(prompt)
+        cache_salt = cache_salt if read.salt is None else read.salt
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
         points, chosen = self._points(trace, params), [*self._hooks, *self._chosen_hooks(hooks)]
-        ids, room = self._prompt_ids(prompt), self._room(params)
+        ids, room = self._prompt_ids(read), self._room(params)
         _check_room(len(ids), self.max_model_len, room)
         bad_words, constraints = self._bad_words(params), self._constraints(params)
         arrival = next(self._arrivals)
@@ -288,7 +345,7 @@ class LLM:
             request_id=self._new_id(request_id, arrival),
             params=params,
             prompt_ids=ids,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=read.text,
             arrival=arrival,
             salt=cache_salt,
             trace=points,
@@ -296,7 +353,6 @@ class LLM:
         )
         seed = next(self._seeds) if params.seed is None else params.seed
         for index, constraint in enumerate(constraints):
-            decoder = self.tokenizer.decoder(skip_special_tokens=True) if self.tokenizer else None
             completion = Completion(
                 request=request,
                 params=params,
@@ -307,7 +363,7 @@ class LLM:
                 eos_token_ids=self.defaults.eos_token_ids,
                 bad_words=bad_words,
                 max_model_len=room,
-                decoder=decoder,
+                decoder=self._decoder(params),
                 constraint=constraint,
             )
             request.completions.append(completion)
@@ -316,7 +372,8 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """Drop a request, free its blocks, forget what is new of it. Unknown ids are no error."""
-        self.core.abort(request_id)
+        if self._core is not None:
+            self._core.abort(request_id)
         for deltas in (self._unread, self._mailboxes.pop(request_id, [])):
             deltas[:] = [delta for delta in deltas if delta.request_id != request_id]
 
@@ -342,7 +399,7 @@ class LLM:
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do or to report."""
-        return bool(self.core.requests or self._unread)
+        return self._core is not None and bool(self._core.requests or self._unread)
 
     def step(self) -> list[Delta]:
         """One forward pass. Returns what is new of each completion since the last `step`.
@@ -356,11 +413,26 @@ class LLM:
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _make_core(self, num_blocks: int) -> EngineCore:
+    def _check_ranks(self, wanted: int | None, ranks: int) -> None:
+        """Raise ConfigError if `ranks` is not the number of ranks that the user expects."""
+        optional_integer("tensor_parallel_size", wanted, 1)
+        if wanted not in (None, ranks):
+            raise ConfigError(
+                f"tensor_parallel_size is {wanted}, but "
+                f"{ranks} rank{'s share' if ranks > 1 else ' has'} the model: start the script "
+                f"with torchrun --nproc-per-node {wanted}"
+            )
+
+    def _check_before_loading(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Raise MinqwenError for what these ranks, this model and this cache cannot be together."""
+        check_degree(config, self.mesh.size)
+        check_cache_asked_for(self.options, config, dtype, self.mesh.size)
+
+    def _make_core(self, model: Qwen2, num_blocks: int) -> EngineCore:
         o = self.options
         pool = BlockPool(num_blocks, o.block_size, o.enable_prefix_caching)
         scheduler = Scheduler(pool, o.max_num_seqs, o.max_num_batched_tokens)
-        runner = Runner(self.model, self.model.new_cache(num_blocks, o.block_size))
+        runner = Runner(model, model.new_cache(num_blocks, o.block_size))
         tokenizer = self.tokenizer
         spell = None if tokenizer is None else lambda token: tokenizer.decode([token])
         return EngineCore(runner, scheduler, self.mesh, spell)
@@ -445,6 +517,12 @@ class LLM:
             raise SamplingError(f"{what} needs a tokenizer: this LLM was made without one")
         return self.tokenizer
 
+    def _decoder(self, params: SamplingParams) -> IncrementalDecoder | None:
+        """What makes a completion's text; None where there is none."""
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return self.tokenizer.decoder(skip_special_tokens=params.skip_special_tokens)
+
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:
             return ()
@@ -468,15 +546,16 @@ class LLM:
         grammar, stops = params.structured_outputs, params.stop_token_ids
         return [self._compiler.constraint(grammar, stops) for _ in range(params.n)]
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _prompt_ids(self, prompt: Read) -> list[int]:
         """A prompt's token ids, checked."""
-        if isinstance(prompt, str):
-            ids: Any = self._need_tokenizer("a prompt of text").encode(prompt)
-        else:
-            ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        ids = prompt.ids
+        if ids is None and prompt.text is not None:
+            ids = self._need_tokenizer("a prompt of text").encode(prompt.text)
+        elif hasattr(ids, "tolist"):
+            ids = ids.tolist()
         if not isinstance(ids, (list, tuple)):
             raise SamplingError(
-                f"the prompt is a {type(prompt).__name__}: expected text or a list of token ids"
+                f"the prompt is a {type(ids).__name__}: expected text or a list of token ids"
             )
         if not ids:
             raise SamplingError("the prompt has no tokens: give at least one")
@@ -550,15 +629,6 @@ def spread(
             f"{len(params)} sampling_params for {count} prompts, expected one each or one"
         )
     return list(params)
-
-
-def is_prompt(x: Any) -> bool:
-    """Text or token ids, rather than several of them. An empty list is no prompts."""
-    if hasattr(x, "ndim"):  # an array, a tensor
-        return bool(x.ndim < 2)
-    if isinstance(x, (str, bytes, dict)) or not isinstance(x, Iterable):
-        return True
-    return isinstance(x, (list, tuple)) and bool(x) and isinstance(x[0], Integral)
 
 
 def check_chat_options(options: Mapping[str, Any]) -> None:

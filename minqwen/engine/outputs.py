@@ -27,10 +27,17 @@ class CompletionOutput:
     # [H, T, L] for each step.
     trace: dict[str, Tensor | list[Tensor]] = field(default_factory=dict, repr=False)
 
+    def finished(self) -> bool:
+        """vLLM's method; here always true."""
+        return self.finish_reason is not None
+
 
 @dataclass
 class Metrics:
-    """Moments in seconds, by the clock of this process."""
+    """Moments in seconds, by the clock of this process: only differences mean something.
+
+    The names that end in `_time` or `_latency` are vLLM's for the same.
+    """
 
     arrival: float
     first_token: float | None = None
@@ -39,6 +46,26 @@ class Metrics:
     @property
     def time_to_first_token(self) -> float | None:
         return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def arrival_time(self) -> float:
+        return self.arrival
+
+    @property
+    def first_token_time(self) -> float | None:
+        return self.first_token
+
+    @property
+    def finished_time(self) -> float | None:
+        return self.finished
+
+    @property
+    def last_token_time(self) -> float | None:
+        return self.finished
+
+    @property
+    def first_token_latency(self) -> float | None:
+        return self.time_to_first_token
 
     def tokens_per_second(self, num_tokens: int) -> float | None:
         """Decode speed: tokens after the first, over the time after the first."""

@@ -19,6 +19,7 @@ from minqwen.checks import (
     refuse_unknown_arguments,
 )
 from minqwen.config import ModelConfig
+from minqwen.engine.arguments import OF_VLLM, without_vllm
 from minqwen.errors import ConfigError
 from minqwen.model import Qwen2
 from minqwen.model.memory import block_bytes, blocks_that_fit
@@ -67,13 +68,14 @@ class EngineOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], others: Sequence[str] = ()) -> EngineOptions:
-        """From keyword arguments; an unknown one is refused with what to use instead.
+        """From keyword arguments, vLLM's too; an unknown one is refused with what to use instead.
 
         others: names that the caller takes besides these.
         """
-        own = [field.name for field in fields(cls)]
-        refuse_unknown_arguments(options, [*own, *others])
-        return cls(**options)
+        known = [*(field.name for field in fields(cls)), *others]
+        own = without_vllm(options)
+        refuse_unknown_arguments(own, known, OF_VLLM)
+        return cls(**own)
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if the model cannot have so long a context."""
@@ -81,7 +83,8 @@ class EngineOptions:
         if self.max_model_len is not None and self.max_model_len > longest:
             raise ConfigError(
                 f"max_model_len is {self.max_model_len}, expected 2 to {longest}, "
-                "the model's context"
+                "the model's context: lower it, or give the model's config.json the rope_scaling "
+                "(YaRN) of a longer one"
             )
 
     def blocks_for(self, tokens: int) -> int:

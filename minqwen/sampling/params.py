@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minqwen.checks import (
     boolean,
-    did_you_mean,
     is_finite,
     is_integer,
     number,
+    refuse_unknown_fields,
     wrong,
 )
 from minqwen.config import GenerationDefaults
@@ -26,6 +27,33 @@ MAX_SAMPLES = 16384  # vLLM's limit: a larger n would fill the memory before a s
 NOT_TOGETHER = {
     "forced_ids": ("stop", "stop_token_ids", "structured_outputs"),
     "structured_outputs": ("min_tokens", "bad_words", "stop"),
+}
+NEED_TEXT = ("stop", "structured_outputs")  # what cannot be without detokenize
+
+_NO_BEAMS = "there is no beam search; n draws several completions"
+_STRUCTURED = "give structured_outputs=StructuredOutputs({}=...)"
+# Fields of other engines, and what to do instead.
+OF_OTHERS = {
+    "best_of": "give n, and take those with the highest cumulative_logprob",
+    "use_beam_search": _NO_BEAMS,
+    "beam_width": _NO_BEAMS,
+    "length_penalty": _NO_BEAMS,
+    "early_stopping": _NO_BEAMS,
+    "logits_processors": "use logit_bias, bad_words or structured_outputs",
+    "allowed_token_ids": "use structured_outputs, or logit_bias",
+    "truncate_prompt_tokens": "shorten the prompt's token ids",
+    "output_kind": "LLM.stream gives a text piece by piece",
+    "extra_args": "leave it out",
+    "max_new_tokens": "use max_tokens",
+    "do_sample": "use temperature; 0 is greedy",
+    "num_return_sequences": "use n",
+    "num_beams": _NO_BEAMS,
+    "stop_strings": "use stop",
+    "eos_token_id": "use stop_token_ids",
+    **{
+        f"guided_{kind}": _STRUCTURED.format(kind)
+        for kind in ("json", "regex", "choice", "grammar", "json_object")
+    },
 }
 
 
@@ -41,6 +69,9 @@ class SamplingParams:
     the text is shown without. forced_ids (teacher forcing) are emitted in
     order and end the request: they set max_tokens to their number, and ignore_eos. What could leave
     a grammar without a token, or end its text before it parses, cannot go with structured_outputs.
+    skip_special_tokens False shows special tokens in the text; detokenize False leaves the text
+    empty. spaces_between_special_tokens changes nothing: Qwen's special tokens have no spaces.
+    guided_decoding is the older name of structured_outputs, and becomes it.
     """
 
     n: int = 1
@@ -64,14 +95,14 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     structured_outputs: StructuredOutputs | None = None
     forced_ids: Sequence[int] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    guided_decoding: StructuredOutputs | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> SamplingParams:
         """Refuses a name that is no field before the dataclass's __init__ raises a TypeError."""
-        for name in fields:
-            if name not in cls.__dataclass_fields__:
-                known = ", ".join(cls.__dataclass_fields__)
-                hint = did_you_mean(name, cls.__dataclass_fields__) or f": expected one of {known}"
-                raise SamplingError(f"SamplingParams has no field {name!r}{hint}")
+        refuse_unknown_fields(cls, fields, OF_OTHERS, SamplingError)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -80,7 +111,20 @@ class SamplingParams:
         if self.forced_ids is not None:
             self._set("max_tokens", len(self.forced_ids))
             self._set("ignore_eos", True)
+        if self.guided_decoding is not None:
+            self._take_guided_decoding()
+        if not self.spaces_between_special_tokens:
+            why = "spaces_between_special_tokens makes no difference here: there are no spaces"
+            warnings.warn(why, stacklevel=3)
         self._check_together()
+
+    def _take_guided_decoding(self) -> None:
+        if self.structured_outputs is not None:
+            raise SamplingError(
+                "guided_decoding is the older name of structured_outputs: leave one of the two out"
+            )
+        self._set("structured_outputs", self.guided_decoding)
+        self._set("guided_decoding", None)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # a frozen dataclass refuses self.name = value
@@ -92,6 +136,9 @@ class SamplingParams:
                 f"min_tokens is {quoted(self.min_tokens)}: "
                 f"expected at most max_tokens, {quoted(self.max_tokens)}"
             )
+        for name in NEED_TEXT:
+            if getattr(self, name) and not self.detokenize:
+                raise SamplingError(f"{name} needs the text: leave detokenize=False out")
         for one, others in NOT_TOGETHER.items():
             for other in others:
                 if getattr(self, one) and getattr(self, other):
@@ -278,4 +325,8 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
     "bad_words": _bad_words,
     "structured_outputs": _structured_outputs,
     "forced_ids": _forced_ids,
+    "detokenize": _flag,
+    "skip_special_tokens": _flag,
+    "spaces_between_special_tokens": _flag,
+    "guided_decoding": _structured_outputs,
 }

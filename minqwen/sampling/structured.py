@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minqwen.checks import wrong
+from minqwen.checks import refuse_unknown_fields, wrong
 from minqwen.errors import SamplingError, TokenizerError
 from minqwen.files import printable
 from minqwen.sampling.json_schema import ROOT, at, every_part, for_grammar, read_schema
@@ -28,6 +28,17 @@ from minqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+_ONE_WAY = "there is only one way here, leave it out"
+# Fields of vLLM's class, and what to do instead.
+OF_OTHERS = {
+    "backend": "llguidance is the only one, leave it out",
+    "disable_fallback": _ONE_WAY,
+    "disable_any_whitespace": _ONE_WAY,
+    "whitespace_pattern": _ONE_WAY,
+    "disable_additional_properties": "write additionalProperties into the schema",
+    "structural_tag": "write it as a grammar",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,11 @@ class StructuredOutputs:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+
+    def __new__(cls, *args: Any, **fields: Any) -> StructuredOutputs:
+        """Refuses a name that is no field before the dataclass's __init__ raises a TypeError."""
+        refuse_unknown_fields(cls, fields, OF_OTHERS, SamplingError)
+        return super().__new__(cls)
 
     @property
     def kind(self) -> str:

@@ -146,7 +146,9 @@ def test_prompts_in_every_form(make, embedded_model, embedded_tokenizer, oracle)
     "prompts",
     [
         *([[]], "", [""], [[1], []], [[1], ""], 5, None, b"ab", [b"ab"]),
-        *({"prompt": "x"}, [{"prompt": "x"}], [None], [[1], 5], [[1, "a"]], [[True]], [[1.0]]),
+        *({"text": "x"}, [{"prompt": None}], {}, {"prompt": 5}, {"prompt": b"x"}, {1: 2}),
+        *({"prompt": ""}, {"prompt_token_ids": "x"}, {"prompt_token_ids": []}, [None]),
+        *([[1], 5], [[1, "a"]], [[True]], [[1.0]]),
         *([[-1]], [[2048]], [[10**6]], [[[1]]], [[1] * 256]),
         *(np.zeros((1, 2, 3), int), np.array([1.5]), torch.tensor(5)),
     ],

@@ -66,6 +66,10 @@ BAD = {
     "bad_words": [[""], [" \n"], [3], 7],
     "structured_outputs": ["json", {"json": {}}],
     "forced_ids": [[], [-1], "12", [1.5], 3],
+    "detokenize": [0, None, "yes"],
+    "skip_special_tokens": [1, None],
+    "spaces_between_special_tokens": [0, None],
+    "guided_decoding": ["json", {"json": {}}],
 }
 
 

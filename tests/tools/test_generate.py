@@ -206,3 +206,30 @@ def test_what_fails_for_one_prompt_leaves_the_others_texts(monkeypatch, one_proc
     assert first["text"] == one_process[0]["text"] and first["error"] is None
     assert second["error"] == "no such luck"
     assert done.code == 2 and "request 1: no such luck" in done.err
+
+
+ARTICLE = ["--temperature", "0.7", "--top-p", "0.9", "--max-tokens", "12", "--stop", "</s>"]
+ARTICLE += ["--gpu-memory-utilization", "0.95", "--max-num-seqs", "64", "--seed", "1"]
+ARTICLE += ["--block-size", "128", "--max-model-len", "1024", "--enable-prefix-caching"]
+
+
+def test_the_flags_of_an_article_are_taken_and_what_makes_no_difference_is_told():
+    plain = run_tool_here("generate.py", "In the beginning", *ARTICLE)
+    idle = ["--trust-remote-code", "--enforce-eager", "--swap-space", "4"]
+    with pytest.warns(UserWarning, match="^trust_remote_code .* make no difference here$"):
+        result = run_tool_here("generate.py", "In the beginning", *ARTICLE, *idle)
+    assert result.code == plain.code == 0 and result.out == plain.out != ""
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--gpu-memory-utilization", "2"], "gpu_memory_utilization is 2"),
+        (["--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["--max-num-batched-tokens", "8"], "max_num_seqs is 64 and max_num_batched_tokens 8"),
+    ],
+)
+def test_a_wrong_number_of_the_engine_is_one_line(flags, words):
+    result = run_tool_here("generate.py", "x", *flags)
+    assert result.code == 2 and result.err.startswith(f"error: {words}"), result.err
+    assert result.err.count("\n") == 1
