@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
 from minqwen.checkpoint.embedded import EMBEDDED as EMBEDDED  # tools import it from here
@@ -212,14 +211,6 @@ def run(main: Callable[[], int | None]) -> None:
 
 def share_text(mesh: Mesh, text: str | None) -> str | None:
     """Rank 0's text on every rank. None, the end of input, is shared too."""
-    if mesh.size == 1:
-        return text
-    raw = b"" if text is None else text.encode("utf-8", "surrogatepass")
-    length = torch.tensor([-1 if text is None else len(raw)], device=mesh.device)
-    size = int(mesh.broadcast(length, patient=True))  # rank 0 may wait for its user
-    if size < 0:
-        return None
-    data = torch.zeros(size, dtype=torch.uint8, device=mesh.device)
-    if mesh.rank == 0:
-        data.copy_(torch.tensor(list(raw), dtype=torch.uint8))
-    return bytes(mesh.broadcast(data).tolist()).decode("utf-8", "surrogatepass")
+    raw = None if text is None else text.encode("utf-8", "surrogatepass")
+    shared = mesh.broadcast_bytes(raw, patient=True)  # rank 0 may wait for its user
+    return None if shared is None else shared.decode("utf-8", "surrogatepass")

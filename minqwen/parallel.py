@@ -1,5 +1,8 @@
 """Tensor parallelism: the plan of which rank holds which rows, and the mesh of ranks.
 
+Data parallelism: with a smaller tensor-parallel size than there are ranks, neighbours share one
+copy of the model, a replica, and the replicas complete different requests (engine/replicas.py).
+
 Every rank runs the same program on the same requests (SPMD, started by `torchrun`); only tensors
 cross ranks. The plan is Megatron-LM's (Shoeybi et al. 2019, arXiv:1909.08053): split a projection
 by its output rows and the next one by its input columns; then one sum over ranks finishes both.
@@ -18,11 +21,12 @@ Ranks listen there on ports that the system chooses, without a password, like th
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -30,10 +34,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minqwen.checks import optional_integer
 from minqwen.config import ModelConfig
 from minqwen.errors import ParallelError
 from minqwen.watch import FAREWELL, Watch
 
+# How long a collective may take. A short time would end a chat whose user is thinking. The watch
+# notices a silent rank.
+PATIENCE = timedelta(days=1)
+PARCEL = 4 << 20  # bytes; torchrun's store takes no more than 8 MiB at once
 SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
 # ------------------------------------------------------------------------------------- the plan
@@ -155,15 +164,26 @@ class Mesh:
     collective returns, because its argument may be overwritten. The result is the same on every
     rank, bit for bit. When a peer is gone or does not come, a collective does not raise: watch.py
     ends the process.
+
+    rank, size: this rank's number in its replica, and how many ranks a replica has. replica,
+    replicas: the number of this replica, and how many there are. world: the mesh of all ranks of
+    all replicas, with collectives of its own; where there is one replica it is this mesh.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.rank, self.size, self.device = 0, 1, torch.device(device)
+        self.replica, self.replicas = 0, 1
+        self.world: Mesh = self
+        self._group: dist.ProcessGroup | None = None  # None: of all ranks
+        self._post: dist.Store | None = None
         self._watch: Watch | None = None
 
     @classmethod
     def from_env(
-        cls, device: str | torch.device | None = None, timeout_s: float | None = None
+        cls,
+        device: str | torch.device | None = None,
+        timeout_s: float | None = None,
+        tensor_parallel_size: int | None = None,
     ) -> Mesh:
         """The mesh that torchrun's variables describe, over NCCL on GPUs or gloo on CPUs. Without
         these variables it is rank 0 of 1, and there is no process group.
@@ -172,9 +192,11 @@ class Mesh:
         timeout_s: seconds of silence, or of absence from a collective in which others wait, after
         which a rank counts as stopped and all ranks end; default $MINQWEN_TIMEOUT, else 60.
         Arriving may take as long, and in any case 60 s.
+        tensor_parallel_size: how many ranks share a copy of the model; None: all. Replicas are made
+        of neighbours: with 2 of 4, ranks 0 and 1 are replica 0.
         CPU ranks take cores / ranks threads each, unless the user set OMP_NUM_THREADS.
-        Raises ParallelError when a variable makes no sense, a GPU is missing, or a rank does not
-        arrive.
+        Raises ParallelError when a variable makes no sense, a GPU is missing, a rank does not
+        arrive, or the ranks cannot be divided into replicas of that size.
         """
         size, rank = _env_number("WORLD_SIZE", 1), _env_number("RANK", 0)
         local_size, local_rank = _env_number("LOCAL_WORLD_SIZE", 1), _env_number("LOCAL_RANK", 0)
@@ -184,6 +206,7 @@ class Mesh:
                 f"RANK {rank}, WORLD_SIZE {size}, timeout {timeout:g} s: expected 0 <= RANK "
                 "< WORLD_SIZE and a timeout (MINQWEN_TIMEOUT) above 0"
             )
+        ranks = _ranks_of_replica(size, tensor_parallel_size)
         mesh = cls(device or ("cuda" if torch.cuda.device_count() >= local_size else "cpu"))
         if mesh.device.type == "cuda":
             mesh.device = _gpu_of(mesh.device, rank, local_rank, only=size == 1)
@@ -192,10 +215,21 @@ class Mesh:
             _share_cores(local_size)
         if size > 1:
             mesh.rank, mesh.size = rank, size
-            mesh._connect(timeout, single_node=local_size == size)
+            mesh._connect(timeout, single_node=local_size == size, ranks_of_replica=ranks)
+        return mesh if ranks == size else mesh._divided(ranks)
+
+    def _divided(self, ranks: int) -> Mesh:
+        """This rank's replica, where this mesh is that of all ranks."""
+        mesh = Mesh(self.device)
+        mesh.world, mesh._watch = self, self._watch
+        mesh.replica, mesh.rank = divmod(self.rank, ranks)
+        mesh.replicas, mesh.size = self.size // ranks, ranks
+        if ranks > 1:
+            # A DeviceMesh would do the same, but cannot be told how long a collective may take.
+            mesh._group, _ = dist.new_subgroups(ranks, timeout=PATIENCE)
         return mesh
 
-    def _connect(self, timeout: float, single_node: bool) -> None:
+    def _connect(self, timeout: float, single_node: bool, ranks_of_replica: int) -> None:
         """Starts the watch and the process group, each with its own connection to torchrun's store.
 
         On one connection, a process group that waits for something would keep the watch waiting.
@@ -206,7 +240,10 @@ class Mesh:
         else:
             _bind_towards(os.environ.get("MASTER_ADDR", "localhost"))
         watched, grouped = self._store("watch"), self._store("group")
-        self._watch = Watch(self.rank, self.size, timeout, watched, _env_number("GROUP_RANK", 0))
+        node = _env_number("GROUP_RANK", 0)
+        self._watch = Watch(self.rank, self.size, timeout, watched, node, ranks_of_replica)
+        if ranks_of_replica < self.size:
+            self._post = self._store("post")
         atexit.register(self.close, at_exit=True)
         try:
             self._start_group(grouped)
@@ -223,15 +260,13 @@ class Mesh:
     def _start_group(self, grouped: dist.Store) -> None:
         """The process group, whose ranks find each other through the store `grouped`."""
         cuda = self.device.type == "cuda"
-        # A short timeout of the group would end a chat whose user is thinking. The watch notices a
-        # silent rank.
         self._run(
             lambda: dist.init_process_group(
                 "nccl" if cuda else "gloo",
                 store=grouped,
                 rank=self.rank,
                 world_size=self.size,
-                timeout=timedelta(days=1),
+                timeout=PATIENCE,
                 device_id=self.device if cuda else None,
             )
         )
@@ -263,11 +298,21 @@ class Mesh:
 
     def _join(self, collective: Callable[[], object], patient: bool = False) -> None:
         """One collective, counted: the watch names a rank that does not join it."""
+        with self._joining(patient):
+            self._run(collective)
+
+    @contextlib.contextmanager
+    def _joining(self, patient: bool = False) -> Iterator[None]:
         if self._watch is not None:
-            self._watch.begin(patient)
-        self._run(collective)
+            self._watch.begin(patient, of_all=self._of_all)
+        yield
         if self._watch is not None and self.device.type == "cpu":
             self._watch.finish()
+
+    @property
+    def _of_all(self) -> bool:
+        """Whether this is the mesh of all ranks of several replicas."""
+        return self._post is not None
 
     def _run(self, collective: Callable[[], object]) -> None:
         try:
@@ -277,26 +322,35 @@ class Mesh:
                 self._watch.investigate()  # it returns only if no peer is to blame
             raise
 
+    def _alone(self) -> bool:
+        """Whether there is nobody to exchange anything with.
+
+        A replica of one rank still tells the watch that it goes on: other replicas wait for it.
+        """
+        if self.size == 1 and self._watch is not None:
+            self._watch.note()
+        return self.size == 1
+
     def all_reduce(self, t: Tensor, op: str = "sum", dtype: torch.dtype | None = None) -> Tensor:
         """Elementwise "sum" or "max" over ranks, any shape and dtype.
 
         With `dtype` it is computed in that and rounded once to t's own: the sum of bfloat16 partial
         results belongs in float32.
         """
-        if self.size == 1:
+        if self._alone():
             return t
         total = t.to(dtype or t.dtype).contiguous()
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-        self._join(lambda: dist.all_reduce(total, operation))
+        self._join(lambda: dist.all_reduce(total, operation, self._group))
         return total.to(t.dtype)
 
     def all_gather(self, t: Tensor, dim: int = -1) -> Tensor:
         """Every rank's `t`, concatenated along `dim` in rank order."""
-        if self.size == 1:
+        if self._alone():
             return t
         t = t.contiguous()
         parts = [torch.empty_like(t) for _ in range(self.size)]
-        self._join(lambda: dist.all_gather(parts, t))
+        self._join(lambda: dist.all_gather(parts, t, self._group))
         return torch.cat(parts, dim)
 
     def broadcast(self, t: Tensor, src: int = 0, patient: bool = False) -> Tensor:
@@ -305,19 +359,68 @@ class Mesh:
         patient: the others wait however long `src` takes, because it waits for its user. Otherwise
         a rank that does not come within the timeout ends the run.
         """
-        if self.size == 1:
+        if self._alone():
             return t
         t = t.contiguous()
-        self._join(lambda: dist.broadcast(t, src), patient)
+        self._join(lambda: dist.broadcast(t, group=self._group, group_src=src), patient)
         return t
+
+    def broadcast_bytes(self, data: bytes | None, patient: bool = False) -> bytes | None:
+        """Rank 0's bytes, or None, on every rank."""
+        if self.size == 1:
+            return data
+        length = torch.tensor([-1 if data is None else len(data)], device=self.device)
+        size = int(self.broadcast(length, patient=patient))
+        if size < 0:
+            return None
+        shared = torch.zeros(size, dtype=torch.uint8)
+        if self.rank == 0 and data:
+            shared = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return self.broadcast(shared.to(self.device)).cpu().numpy().tobytes()
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
 
+    @contextlib.contextmanager
+    def early_barrier(self) -> Iterator[None]:
+        """A barrier that this rank has reached already when it does what is within.
+
+        What is within waits for the others: so the watch notices a rank that never comes.
+        """
+        if self._alone():
+            yield
+            return
+        arrived = torch.zeros(1, device=self.device)
+        with self._joining():
+            yield
+            self._run(lambda: dist.all_reduce(arrived, group=self._group))
+            arrived.item()
+
+    def post(self, name: str, data: bytes) -> None:
+        """Leave bytes for whoever fetches them, without waiting. Only where there are replicas.
+
+        They lie in torchrun's store meanwhile. A name is used once.
+        """
+        post = self._post
+        assert post is not None, "a post is kept where there are several replicas"
+        self._run(lambda: _put(post, name, data))
+
+    def fetch(self, name: str) -> bytes | None:
+        """The bytes that somebody has posted under this name, once; None if nobody has yet."""
+        post = self._post
+        assert post is not None, "a post is kept where there are several replicas"
+        found: list[bytes] = []
+        self._run(lambda: found.extend(_take(post, name)))
+        return found[0] if found else None
+
     def close(self, linger: float = 5, at_exit: bool = False) -> None:
-        """Leaves the mesh once all ranks do, or after `linger` seconds. A second call does nothing.
-        It also runs when the process exits."""
+        """Leaves the mesh once all ranks do, those of all replicas, or after `linger` seconds. A
+        second call does nothing. It also runs when the process exits."""
+        if self.world is not self:
+            self.world.close(linger, at_exit)
+            self._watch = None
+            return
         watch, self._watch = self._watch, None
         if watch is None:
             return
@@ -328,6 +431,44 @@ class Mesh:
 
 
 SINGLE = Mesh()
+
+
+def _ranks_of_replica(ranks: int, wanted: int | None) -> int:
+    """How many ranks share a copy of the model. Raises ParallelError if it cannot be `wanted`."""
+    optional_integer("tensor_parallel_size", wanted, 1, error=ParallelError)
+    if wanted is None or (wanted <= ranks and ranks % wanted == 0):
+        return wanted or ranks
+    if wanted > ranks:
+        started = f"{ranks} rank{'s were' if ranks > 1 else ' was'} started"
+        raise ParallelError(
+            f"tensor_parallel_size is {wanted}, but {started}: start the script with "
+            f"torchrun --nproc-per-node {wanted}"
+        )
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    raise ParallelError(
+        f"tensor_parallel_size is {wanted}, but {ranks} ranks were started, expected "
+        f"{', '.join(map(str, divisors))}"
+    )
+
+
+def _put(store: dist.Store, name: str, data: bytes) -> None:
+    """Write bytes in parcels; the name itself comes last."""
+    parcels = range(0, len(data), PARCEL)
+    for start in parcels:
+        store.set(f"{name}/{start}", data[start : start + PARCEL])  # type: ignore[arg-type]  # it takes bytes
+    store.set(name, str(len(data)))
+
+
+def _take(store: dist.Store, name: str) -> list[bytes]:
+    """What `_put` wrote, which is then gone; an empty list if it is not there yet."""
+    if not store.check([name]):
+        return []
+    parcels = []
+    for start in range(0, int(store.get(name)), PARCEL):
+        parcels.append(store.get(f"{name}/{start}"))
+        store.delete_key(f"{name}/{start}")
+    store.delete_key(name)
+    return [b"".join(parcels)]
 
 
 def _env_number(name: str, default: int) -> int:

@@ -49,15 +49,16 @@ class Word(NamedTuple):
 
     beats: int = 0
     left: bool = False  # the rank ends of its own accord
-    joined: int = 0  # how many collectives it has joined
+    joined: int = 0  # how many collectives of its replica it has joined
+    joined_all: int = 0  # how many of all ranks
     place: str = ""  # where its main thread is: "file.py:12 in function"
 
 
 class Awaited(NamedTuple):
-    """What a rank waits for in its collective number `joined`: peers that joined only `least`."""
+    """What a rank waits for: the peers that are furthest behind in its collective `number`."""
 
-    joined: int
-    least: int
+    of_all: bool  # it is a collective of all ranks, not of one replica
+    number: int
     peers: frozenset[int]
 
 
@@ -77,7 +78,9 @@ class Watch(threading.Thread):
       seconds: it sleeps or runs in a circle in its own code. Words say how many collectives a rank
       has joined. Of several peers that are behind, those that are furthest behind are to blame. A
       peer that has not joined any yet may be reading weights, and has LOADING seconds. In a patient
-      collective a rank may wait for ever, as the others do while rank 0 waits for its user.
+      collective a rank may wait for ever, as the others do while rank 0 waits for its user. Where
+      there are several replicas (parallel.py), a rank that waits for all ranks waits for as long as
+      the other replicas go on: their collectives are counted by themselves.
     - A peer ends of its own accord, for whatever reason. Its last word says so. That alone is no
       loss, but it becomes one when this rank waits in a collective that the peer has not joined, or
       when a collective of this rank fails.
@@ -99,16 +102,24 @@ class Watch(threading.Thread):
     """
 
     def __init__(
-        self, rank: int, size: int, timeout: float, store: dist.Store, node: int = 0
+        self,
+        rank: int,
+        size: int,
+        timeout: float,
+        store: dist.Store,
+        node: int = 0,
+        ranks_of_replica: int | None = None,
     ) -> None:
         super().__init__(name="minqwen-watch", daemon=True)
+        self.ranks_of_replica = ranks_of_replica or size
         self.rank, self.size, self.timeout, self.store, self.node = rank, size, timeout, store, node
         self.beat = min(1.0, timeout / 8)  # seconds from one look at the others to the next
         self.beats = 0
         self.leaving = False  # this rank ends of its own accord
         self.failing = False  # this rank ends with an exception
-        self.joined = 0  # how many collectives the main thread has joined
+        self.joined = self.joined_all = 0  # the main thread's collectives, as in its word
         self.waiting = self.patient = False  # in one of them now, and for as long as it takes
+        self.of_all = False  # that one is of all ranks
         self.ended = False  # some rank has printed the line
         self.failed_at = NEVER  # when a collective of this rank failed
         self.exit_at = NEVER  # when to end this process because a signal came
@@ -120,7 +131,8 @@ class Watch(threading.Thread):
         self.peers = self._meet(max(timeout, 60))
         self.looked = time.monotonic()
         self.words = dict.fromkeys(self.peers, Word(-1))  # the last word of each peer ...
-        self.heard = dict.fromkeys(self.peers, self.looked)  # ... and when it was new
+        self.heard = dict.fromkeys(self.peers, self.looked)  # ... when it was new ...
+        self.moved = dict.fromkeys(self.peers, self.looked)  # ... and when it joined a collective
         self.awaited: Awaited | None = None  # what this rank waits for ...
         self.awaited_since = self.looked  # ... and since when
         self.poll = select.poll()
@@ -215,6 +227,7 @@ class Watch(threading.Thread):
         self.looked = now
         if pause > self.beat:
             self.heard = {r: then + pause for r, then in self.heard.items()}
+            self.moved = {r: then + pause for r, then in self.moved.items()}
             self.awaited_since += pause
 
     def _note_signals(self, ready: set[int], now: float) -> None:
@@ -230,7 +243,7 @@ class Watch(threading.Thread):
         self.beats += 1
         try:
             with self._asking():
-                own = Word(self.beats, self.leaving, self.joined, _place())
+                own = Word(self.beats, self.leaving, self.joined, self.joined_all, _place())
                 self.store.set(f"word/{self.rank}", json.dumps(own))
                 words = self.store.multi_get([f"word/{r}" for r in self.peers])
                 self.ended = self.store.check(["ended"])
@@ -272,8 +285,11 @@ class Watch(threading.Thread):
         self.lost[TORCHRUN] = reason
 
     def _hear(self, r: int, word: Word, now: float) -> None:
-        if word.beats != self.words[r].beats:
+        before = self.words[r]
+        if word.beats != before.beats:
             self.words[r], self.heard[r] = word, now
+        if (word.joined, word.joined_all) != (before.joined, before.joined_all):
+            self.moved[r] = now
         if word.left:
             self.left.add(r)
 
@@ -302,7 +318,7 @@ class Watch(threading.Thread):
             return
         missed = self.left
         if now <= self.failed_at + 1:
-            missed = {r for r in self.left if self.waiting and self.words[r].joined < self.joined}
+            missed = self.left & self._behind()
         self.lost |= dict.fromkeys(missed, MISSED)
 
     def _note_absent(self, now: float) -> None:
@@ -312,21 +328,45 @@ class Watch(threading.Thread):
             self.awaited, self.awaited_since = awaited, now
         if awaited is None:
             return
-        patience = self.timeout if awaited.least else max(self.timeout, LOADING)
-        if now - self.awaited_since > patience:
-            for r in awaited.peers:
-                where = self.words[r].place
+        for r in awaited.peers:
+            word = self.words[r]
+            loading = word.joined == word.joined_all == 0
+            patience = max(self.timeout, LOADING) if loading else self.timeout
+            if now - max(self.awaited_since, self.moved[r]) > patience:
                 self.lost.setdefault(
-                    r, f"has not joined the others for {patience:g} s (it is busy at {where})"
+                    r,
+                    f"has not joined the others for {patience:g} s (it is busy at {word.place})",
                 )
 
     def _awaited(self) -> Awaited | None:
-        """The peers that are furthest behind the collective in which this rank waits."""
-        least = min(word.joined for word in self.words.values())
-        if not self.waiting or self.patient or least >= self.joined:
+        """The peers that are furthest behind the collective in which this rank waits: in each
+        replica those whom the rest of it waits for."""
+        behind = self._behind()
+        if not behind or self.patient:
             return None
-        behind = frozenset(r for r, word in self.words.items() if word.joined == least)
-        return Awaited(self.joined, least, behind)
+        least: dict[int, int] = {}
+        for r in behind:
+            replica = self._replica(r)
+            least[replica] = min(self.words[r].joined, least.get(replica, self.words[r].joined))
+        number = self.joined_all if self.of_all else self.joined
+        furthest = frozenset(r for r in behind if self.words[r].joined == least[self._replica(r)])
+        return Awaited(self.of_all, number, furthest)
+
+    def _behind(self) -> set[int]:
+        """The peers that have not joined the collective in which this rank waits."""
+        if not self.waiting:
+            return set()
+        if self.of_all:
+            return {r for r, word in self.words.items() if word.joined_all < self.joined_all}
+        mine = self._replica(self.rank)
+        return {
+            r
+            for r, word in self.words.items()
+            if self._replica(r) == mine and word.joined < self.joined
+        }
+
+    def _replica(self, r: int) -> int:
+        return r // self.ranks_of_replica
 
     def _end(self) -> NoReturn:
         """Prints the line if no other rank does, kills the lost ranks of this node, and exits."""
@@ -381,16 +421,29 @@ class Watch(threading.Thread):
 
     def _let_rank_0_speak(self, deadline: float) -> None:
         """Waits until rank 0 has failed too, or waits in a collective without this rank."""
-        while not self.ended and self.words[0].joined <= self.joined:
+        while not self.ended and not self._rank_0_is_ahead():
             if time.monotonic() > deadline:
                 return
             time.sleep(0.02)
 
-    def begin(self, patient: bool) -> None:
-        """The main thread joins its next collective. patient: however late the others are."""
-        self.patient = patient
-        self.joined += 1
+    def _rank_0_is_ahead(self) -> bool:
+        word = self.words[0]
+        ahead = self._replica(self.rank) == 0 and word.joined > self.joined
+        return ahead or word.joined_all > self.joined_all
+
+    def begin(self, patient: bool = False, of_all: bool = False) -> None:
+        """The main thread joins its next collective. patient: however late the others are. of_all:
+        it is one of all ranks, not of this rank's replica."""
+        self.patient, self.of_all = patient, of_all
+        self.note(of_all)
         self.waiting = True
+
+    def note(self, of_all: bool = False) -> None:
+        """The main thread goes on."""
+        if of_all:
+            self.joined_all += 1
+        else:
+            self.joined += 1
 
     def finish(self) -> None:
         """The collective has returned. Those on a GPU return before they are done, and are then

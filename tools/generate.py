@@ -26,9 +26,11 @@ from minqwen import LLM, Checkpoint, SamplingParams
 from minqwen.checks import did_you_mean
 from minqwen.cli import Parser, is_first_rank, model_flags, model_options, run, share_text
 from minqwen.config import GenerationDefaults
+from minqwen.engine.failures import raise_failures
+from minqwen.engine.in_order import Outputs
 from minqwen.engine.outputs import Delta, RequestOutput
 from minqwen.engine.sizing import EngineOptions
-from minqwen.errors import MinqwenError, RequestError
+from minqwen.errors import MinqwenError
 from minqwen.sampling.logprobs import Logprob
 
 SAMPLING_FLAGS = (
@@ -82,6 +84,14 @@ def engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     for flag in ("--trust-remote-code", "--enforce-eager"):
         add(flag, action="store_true", help="makes no difference here")
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="ranks that share a copy of the model (default: all of torchrun's); several copies "
+        "share the prompts",
+    )
     add("--swap-space", type=float, metavar="X", help="makes no difference here")
 
 
@@ -201,7 +211,8 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams.from_defaults(defaults, ignore_eos=args.ignore_eos, **given)
 
 
-def as_json(output: RequestOutput, prompt: str) -> str:
+def as_json(output: RequestOutput, index: int, prompt: str) -> str:
+    """One line. index: the number of the prompt, from 0; after Ctrl-C some may be missing."""
     completion, metrics = output.outputs[0], output.metrics
     logprobs = None
     if completion.logprobs is not None:
@@ -210,6 +221,7 @@ def as_json(output: RequestOutput, prompt: str) -> str:
             for token in completion.logprobs
         ]
     found = {
+        "index": index,
         "prompt": prompt,
         "prompt_token_ids": output.prompt_token_ids,
         "text": completion.text,
@@ -272,7 +284,7 @@ class Conversation:
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
         assert llm.tokenizer is not None
         self.llm, self.params, self.tokenizer = llm, params, llm.tokenizer
-        self.interruptible = llm.mesh.size == 1
+        self.interruptible = llm.mesh.world.size == 1
         self.interrupted = False
         self.system = system
         self.messages: list[dict[str, str]] = []
@@ -287,7 +299,7 @@ class Conversation:
         """Read a line, answer it, remember both, until /quit or the end of input."""
         stop = "Ctrl-C ends an answer; " if self.interruptible else ""
         say(f"{stop}/help lists the commands; /quit, or Ctrl-D, ends the conversation.")
-        while (line := share_text(self.llm.mesh, self.read_line())) is not None:
+        while (line := share_text(self.llm.mesh.world, self.read_line())) is not None:
             if line.startswith("/"):
                 if not self.command(line):
                     return
@@ -387,18 +399,55 @@ def complete(llm: LLM, texts: list[str], params: SamplingParams, args: argparse.
         assert last.output is not None, "the last delta of a stream has the output"
         report(last.output)
         return
+    show_all(llm.iterate(prompts, params), texts, args)
+
+
+def show_all(outputs: Outputs, texts: list[str], args: argparse.Namespace) -> None:
+    """Show each output when its turn comes; after Ctrl-C also those that are finished already.
+
+    Raises RequestError at the end if a request has failed.
+    """
+    failed: list[RequestOutput] = []
+    shown = 0
     try:
-        outputs, failure = llm.generate(prompts, params), None
-    except RequestError as error:  # of some of them; the others are there
-        outputs, failure = error.outputs, error
-    for text, output in zip(texts, outputs):
-        if args.json:
-            show(as_json(output, text))
-        else:
-            show(echo(text, args) + output.outputs[0].text)
-            report(output)
-    if failure is not None:
-        raise failure
+        for output in outputs:
+            with signals_wait():
+                show_output(output, shown, texts, args)
+                shown += 1
+            failed += [output] if output.error else []
+    except (KeyboardInterrupt, SystemExit):  # the latter under torchrun
+        for index, output in sorted(outputs.finished.items()):
+            show_output(output, index, texts, args)
+        count = shown + len(outputs.finished)
+        say(f"stopped: {count} of {len(texts)} prompts are finished and shown")
+        raise
+    raise_failures(failed)
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Ctrl-C, and torchrun's signal, wait until what is within is done: no line is cut off."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {n: signal.signal(n, lambda number, frame: came.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
+def show_output(
+    output: RequestOutput, index: int, texts: list[str], args: argparse.Namespace
+) -> None:
+    """The output of the prompt with this number."""
+    if args.json:
+        show(as_json(output, index, texts[index]))
+    else:
+        show(echo(texts[index], args) + output.outputs[0].text)
+        report(output)
 
 
 def echo(text: str, args: argparse.Namespace) -> str:
@@ -416,10 +465,11 @@ def main() -> int:
         args.model,
         **model_options(args),
         **engine_options(args),
+        tensor_parallel_size=args.tensor_parallel_size,
         seed=args.seed,
         progress=True,
     )
-    texts = json.loads(share_text(llm.mesh, json.dumps(prompts)) or "[]")
+    texts = json.loads(share_text(llm.mesh.world, json.dumps(prompts)) or "[]")
     if texts:
         complete(llm, texts, params, args)
     else:

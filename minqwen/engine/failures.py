@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 
 import torch
 
-from minqwen.errors import MinqwenError
+from minqwen.engine.outputs import RequestOutput
+from minqwen.errors import MinqwenError, RequestError
 
 
 def described(error: Exception) -> str:
@@ -26,3 +28,12 @@ def lacks_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "memory" in str(error)
+
+
+def raise_failures(outputs: Sequence[RequestOutput]) -> None:
+    """Raise RequestError, with all outputs, if a request has failed."""
+    failed = [output for output in outputs if output.error]
+    if failed:
+        more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
+        why = f"request {failed[0].request_id}: {failed[0].error}{more}"
+        raise RequestError(why, outputs)

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from minqwen.checkpoint import load_pretrained
 from minqwen.checkpoint.embedded import EMBEDDED
-from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
 from minqwen.checks import is_integer, optional_integer
-from minqwen.config import GenerationDefaults, ModelConfig
-from minqwen.engine.arguments import (
-    refuse_keywords,
-    warn_of_idle,
-    without_vllm_of_calls,
-)
+from minqwen.config import ModelConfig
+from minqwen.engine.arguments import refuse_keywords, warn_of_idle, without_vllm_of_calls
 from minqwen.engine.blocks import BlockPool
 from minqwen.engine.core import EngineCore
+from minqwen.engine.failures import raise_failures
+from minqwen.engine.in_order import Outputs
+from minqwen.engine.loading import (
+    LOADING_OPTIONS,
+    TokenizerOrPath,
+    directory_name,
+    load_parts,
+    parts_of,
+)
 from minqwen.engine.outputs import Delta, RequestOutput
 from minqwen.engine.prompts import Prompt, Read, is_prompt, read_prompt
+from minqwen.engine.replicas import Relay
 from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
-from minqwen.engine.sizing import EngineOptions, check_cache_asked_for, size_cache
-from minqwen.errors import ConfigError, MinqwenError, RequestError, SamplingError
-from minqwen.heads.view import HEAD_OPTIONS, open_weights
+from minqwen.engine.sizing import EngineOptions, size_cache
+from minqwen.errors import MinqwenError, RequestError, SamplingError
 from minqwen.model import Qwen2
 from minqwen.model.trace import Hook, Names, select
-from minqwen.parallel import Mesh, check_degree
+from minqwen.parallel import Mesh
 from minqwen.sampling.draw import bad_word_ids
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.structured import Constraint, ConstraintCompiler
@@ -46,7 +46,6 @@ from minqwen.tokenizer.chat import KEYWORDS, refuse_unknown
 
 Message = dict[str, Any]
 Hooks = Sequence[tuple[Names, Hook]]
-LOADING_OPTIONS = (*OPTIONS, *HEAD_OPTIONS, "tensor_parallel_size", "tokenizer", "seed")
 KEYWORDS_OF_GENERATE = ("prompts", "sampling_params", "cache_salt", "trace", "hooks", "use_tqdm")
 KEYWORDS_OF_ADD_REQUEST = (
     "prompt",
@@ -65,7 +64,9 @@ class LLM:
     arithmetic, offload and check_finite are as in `checkpoint.load_pretrained`, and
     num_attention_heads, num_key_value_heads and head_recipe, which are other numbers of heads in
     memory, as in `heads.view.load_pretrained`. Or a `Qwen2`; then these are its own, and
-    `tokenizer`, or its directory, must be given where text comes in or goes out. options: those of
+    `tokenizer`, or its directory, must be given where text comes in or goes out.
+    tensor_parallel_size: how many of torchrun's ranks share a copy of the model (default: all);
+    several copies, called replicas, share the prompts of `generate`. options: those of
     `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks, kv_cache_bytes,
     gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching), and
     vLLM's, as `engine.arguments` says. seed: of requests that have none of their own; None draws
@@ -77,7 +78,7 @@ class LLM:
         self,
         model: str | Path | Qwen2 = EMBEDDED,
         *,
-        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+        tokenizer: TokenizerOrPath = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         arithmetic: str | None = None,
@@ -95,45 +96,29 @@ class LLM:
         self.name = "" if isinstance(model, Qwen2) else directory_name(model)
         self.options = EngineOptions.of(options, LOADING_OPTIONS)
         optional_integer("seed", seed, 0)
+        loading: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "arithmetic": arithmetic,
+            "mesh": mesh,
+            "offload": offload,
+            "check_finite": check_finite,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "head_recipe": head_recipe,
+            "tensor_parallel_size": tensor_parallel_size,
+            "progress": progress,
+        }
         if isinstance(model, Qwen2):
-            refuse_loading_options(
-                dtype=None if dtype == "auto" else dtype,
-                device=device,
-                arithmetic=arithmetic,
-                mesh=mesh,
-                offload=offload,
-                check_finite=check_finite or None,
-                num_attention_heads=num_attention_heads,
-                num_key_value_heads=num_key_value_heads,
-                head_recipe=None if head_recipe == "ghost" else head_recipe,
-            )
-            self._check_ranks(tensor_parallel_size, model.mesh.size)
-            self.mesh, self.tokenizer = model.mesh, opened(tokenizer)
-            self.defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
+            parts = parts_of(model, tokenizer, **loading)
         else:
-            arithmetic = arithmetic or "native"
-            check_options(dtype=dtype, device=device, arithmetic=arithmetic, offload=offload)
-            weights = open_weights(model, num_attention_heads, num_key_value_heads, head_recipe)
-            config = weights.config
-            self.options.check(config)
-            self.mesh = mesh or Mesh.from_env(device)
-            self._check_ranks(tensor_parallel_size, self.mesh.size)
-            self._check_before_loading(config, resolve_dtype(dtype, config))
-            self.tokenizer = opened(tokenizer) or Tokenizer.from_dir(model)
-            self.defaults = GenerationDefaults.from_dir(model, config)
-            model = load_pretrained(
-                weights,
-                dtype=dtype,
-                device=device,
-                arithmetic=arithmetic,
-                mesh=self.mesh,
-                check_finite=check_finite,
-                progress=progress,
-                offload=offload,
-            )
+            parts = load_parts(model, tokenizer, self.options, **loading)
+        self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
+        self.mesh = parts.model.mesh
         warn_of_idle(options)
-        self.max_model_len, num_blocks = size_cache(model, self.options)
-        self._core: EngineCore | None = self._make_core(model, num_blocks)
+        self.max_model_len, num_blocks = size_cache(parts.model, self.options)
+        self._core: EngineCore | None = self._make_core(parts.model, num_blocks)
+        self._calls = itertools.count()
         self._arrivals = itertools.count()
         self._seeds = itertools.count(self._entropy() if seed is None else seed)
         self._hooks: list[tuple[set[str], Hook]] = []  # of the requests that are added now
@@ -214,27 +199,69 @@ class LLM:
         Nothing of hooked requests enters or leaves the prefix cache, and others do not see the
         hooks. Requests that were added before go on meanwhile; the next `step`
         reports what is new of them. A request that somebody aborts meanwhile, such as a hook, has
-        the finish_reason "abort". Raises MinqwenError for what cannot be served, before anything
+        the finish_reason "abort". Of R replicas each runs every R-th prompt, and calls its hooks;
+        every rank gets all outputs. Raises MinqwenError for what cannot be served, before anything
         is computed; and RequestError, with the outputs of all, if a request fails: after the others
         have finished.
         """
         refuse_keywords(others, KEYWORDS_OF_GENERATE)
-        prompts = [prompts] if is_prompt(prompts) else list(prompts)
-        params = spread(sampling_params, len(prompts))
-        mailbox: list[Delta] = []
-        requests: list[Request] = []
-        try:
-            for prompt, p in zip(prompts, params):
-                i = self.add_request(prompt, p, cache_salt=cache_salt, trace=trace, hooks=hooks)
-                requests.append(self.core.requests[i])
-                self._mailboxes[i] = mailbox
-            outputs = self._finish_all(requests, mailbox, use_tqdm)
-        finally:
-            for request in requests:
-                if self._reads(request.request_id, mailbox):
-                    self.abort(request.request_id)
+        outputs = list(
+            self.iterate(
+                prompts,
+                sampling_params,
+                cache_salt=cache_salt,
+                trace=trace,
+                hooks=hooks,
+                use_tqdm=use_tqdm,
+            )
+        )
+        if self.mesh.replicas > 1:
+            outputs = Relay(self.mesh, next(self._calls)).share(outputs)
         raise_failures(outputs)
         return outputs
+
+    def iterate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        cache_salt: str | None = None,
+        trace: Names = None,
+        hooks: Hooks = (),
+        use_tqdm: bool = True,
+    ) -> Outputs:
+        """The outputs of `generate`, in its order, each as soon as its turn comes.
+
+        A request that fails has an output with an `error`; nothing is raised. With several replicas
+        the outputs come on rank 0 only, and all ranks must read to the end, which comes for all at
+        the same time. Raises MinqwenError for what cannot be served, before anything is computed.
+        """
+        prompts = [prompts] if is_prompt(prompts) else list(prompts)
+        params = spread(sampling_params, len(prompts))
+        requests = [
+            self._new_request(prompt, p, cache_salt=cache_salt, trace=trace, hooks=hooks)
+            for prompt, p in zip(prompts, params)
+        ]
+        mesh = self.mesh
+        mailbox: list[Delta] = []
+        mine = {i: r for i, r in enumerate(requests) if i % mesh.replicas == mesh.replica}
+        for request in mine.values():
+            self.core.add(request)
+            self._mailboxes[request.request_id] = mailbox
+
+        def step(undisturbed: bool) -> list[Delta]:
+            self._advance(undisturbed)
+            deltas = mailbox.copy()
+            mailbox.clear()
+            return deltas
+
+        def abort() -> None:
+            for request in mine.values():
+                if self._reads(request.request_id, mailbox):
+                    self.abort(request.request_id)
+
+        relay = Relay(mesh, next(self._calls))
+        return Outputs(mine, len(requests), step, abort, relay, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
@@ -327,46 +354,18 @@ class LLM:
         """Queue one prompt for `step`. Returns its id.
 
         cache_salt: share cached prefixes only with the same salt. trace, hooks: as in `generate`;
-        what is traced is computed, not read from the prefix cache. Raises MinqwenError for what
-        cannot be served; then nothing is queued.
+        what is traced is computed, not read from the prefix cache. Every replica runs the request.
+        Raises MinqwenError for what cannot be served; then nothing is queued.
         """
         refuse_keywords(others, KEYWORDS_OF_ADD_REQUEST)
-        params = self._checked_params(sampling_params)
-        read = read_prompt(prompt)
-        cache_salt = cache_salt if read.salt is None else read.salt
-        if cache_salt is not None and not isinstance(cache_salt, str):
-            raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
-        points, chosen = self._points(trace, params), [*self._hooks, *self._chosen_hooks(hooks)]
-        ids, room = self._prompt_ids(read), self._room(params)
-        _check_room(len(ids), self.max_model_len, room)
-        bad_words, constraints = self._bad_words(params), self._constraints(params)
-        arrival = next(self._arrivals)
-        request = Request(
-            request_id=self._new_id(request_id, arrival),
-            params=params,
-            prompt_ids=ids,
-            prompt=read.text,
-            arrival=arrival,
-            salt=cache_salt,
-            trace=points,
-            hooks=chosen,
+        request = self._new_request(
+            prompt,
+            sampling_params,
+            request_id=request_id,
+            cache_salt=cache_salt,
+            trace=trace,
+            hooks=hooks,
         )
-        seed = next(self._seeds) if params.seed is None else params.seed
-        for index, constraint in enumerate(constraints):
-            completion = Completion(
-                request=request,
-                params=params,
-                ids=list(ids),
-                num_prompt=len(ids),
-                seed=seed,
-                index=index,
-                eos_token_ids=self.defaults.eos_token_ids,
-                bad_words=bad_words,
-                max_model_len=room,
-                decoder=self._decoder(params),
-                constraint=constraint,
-            )
-            request.completions.append(completion)
         self.core.add(request)
         return request.request_id
 
@@ -413,20 +412,54 @@ class LLM:
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _check_ranks(self, wanted: int | None, ranks: int) -> None:
-        """Raise ConfigError if `ranks` is not the number of ranks that the user expects."""
-        optional_integer("tensor_parallel_size", wanted, 1)
-        if wanted not in (None, ranks):
-            raise ConfigError(
-                f"tensor_parallel_size is {wanted}, but "
-                f"{ranks} rank{'s share' if ranks > 1 else ' has'} the model: start the script "
-                f"with torchrun --nproc-per-node {wanted}"
+    def _new_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        *,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
+        trace: Names = None,
+        hooks: Hooks = (),
+    ) -> Request:
+        """A request, checked, with its completions; the arguments are those of `add_request`."""
+        params = self._checked_params(sampling_params)
+        read = read_prompt(prompt)
+        cache_salt = cache_salt if read.salt is None else read.salt
+        if cache_salt is not None and not isinstance(cache_salt, str):
+            raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
+        points, chosen = self._points(trace, params), [*self._hooks, *self._chosen_hooks(hooks)]
+        ids, room = self._prompt_ids(read), self._room(params)
+        _check_room(len(ids), self.max_model_len, room)
+        bad_words, constraints = self._bad_words(params), self._constraints(params)
+        arrival = next(self._arrivals)
+        request = Request(
+            request_id=self._new_id(request_id, arrival),
+            params=params,
+            prompt_ids=ids,
+            prompt=read.text,
+            arrival=arrival,
+            salt=cache_salt,
+            trace=points,
+            hooks=chosen,
+        )
+        seed = next(self._seeds) if params.seed is None else params.seed
+        for index, constraint in enumerate(constraints):
+            completion = Completion(
+                request=request,
+                params=params,
+                ids=list(ids),
+                num_prompt=len(ids),
+                seed=seed,
+                index=index,
+                eos_token_ids=self.defaults.eos_token_ids,
+                bad_words=bad_words,
+                max_model_len=room,
+                decoder=self._decoder(params),
+                constraint=constraint,
             )
-
-    def _check_before_loading(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        """Raise MinqwenError for what these ranks, this model and this cache cannot be together."""
-        check_degree(config, self.mesh.size)
-        check_cache_asked_for(self.options, config, dtype, self.mesh.size)
+            request.completions.append(completion)
+        return request
 
     def _make_core(self, model: Qwen2, num_blocks: int) -> EngineCore:
         o = self.options
@@ -448,29 +481,6 @@ class LLM:
         It does not once somebody has aborted the request; its id may then be another request's.
         """
         return self._mailboxes.get(request_id) is mailbox
-
-    def _finish_all(
-        self, requests: Sequence[Request], mailbox: list[Delta], use_tqdm: bool
-    ) -> list[RequestOutput]:
-        """Make steps until all of `requests`, whose deltas come to `mailbox`, are finished."""
-        outputs: dict[str, RequestOutput] = {}
-        undisturbed = False
-        tokens, started = 0, time.perf_counter()
-        hidden = None if use_tqdm and self.mesh.rank == 0 else True
-        with tqdm(total=len(requests), desc="requests", leave=False, disable=hidden) as bar:
-            while not all(request.finished for request in requests):
-                self._advance(undisturbed)
-                undisturbed = True
-                for delta in mailbox:
-                    tokens += len(delta.token_ids)
-                    if delta.output is not None:
-                        outputs[delta.request_id] = delta.output
-                mailbox.clear()
-                speed = tokens / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
-                bar.update(len(outputs) - bar.n)
-        # Nothing reports an aborted request.
-        return [outputs.get(request.request_id) or request.output() for request in requests]
 
     def _checked_params(self, params: SamplingParams | None) -> SamplingParams:
         if params is None:
@@ -576,44 +586,7 @@ class LLM:
 
     def _entropy(self) -> int:
         seed = torch.tensor([secrets.randbits(62)], device=self.model.device)
-        return int(self.mesh.broadcast(seed))
-
-
-def directory_name(model: object) -> str:
-    """The name of a model's directory. Raises ConfigError for what is neither that nor a Qwen2."""
-    if isinstance(model, (str, os.PathLike)):
-        return Path(model).resolve().name
-    raise ConfigError(f"model is a {type(model).__name__}: expected a directory or a Qwen2")
-
-
-def opened(tokenizer: Tokenizer | str | os.PathLike[str] | None) -> Tokenizer | None:
-    """The tokenizer, or the one in that directory. Raises MinqwenError for anything else."""
-    if isinstance(tokenizer, (str, os.PathLike)):
-        return Tokenizer.from_dir(tokenizer)
-    if tokenizer is None or isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    raise ConfigError(
-        f"tokenizer is a {type(tokenizer).__name__}: expected a Tokenizer or the directory of one"
-    )
-
-
-def refuse_loading_options(**given: object) -> None:
-    """Raise ConfigError for options of loading beside a model that is loaded already."""
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(
-                f"{name} is {value!r}, but the model is a Qwen2 that is loaded already: "
-                f"leave {name} out, or give the directory"
-            )
-
-
-def raise_failures(outputs: Sequence[RequestOutput]) -> None:
-    """Raise RequestError, with all outputs, if a request has failed."""
-    failed = [output for output in outputs if output.error]
-    if failed:
-        more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
-        why = f"request {failed[0].request_id}: {failed[0].error}{more}"
-        raise RequestError(why, outputs)
+        return int(self.mesh.world.broadcast(seed))
 
 
 def spread(

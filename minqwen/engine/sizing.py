@@ -177,8 +177,8 @@ def _block_bytes(config: ModelConfig, options: EngineOptions, dtype: torch.dtype
 
 
 def fewest_of_all_ranks(model: Qwen2, count: int) -> int:
-    """The smallest `count` of all ranks: they must agree."""
-    most = model.mesh.all_reduce(torch.tensor([-float(count)], device=model.device), "max")
+    """The smallest `count` of all ranks, those of other replicas too: they must agree."""
+    most = model.mesh.world.all_reduce(torch.tensor([-float(count)], device=model.device), "max")
     return -int(most)
 
 

@@ -133,8 +133,7 @@ class Native:
         Partial sums of several ranks meet in float32 at least and are rounded once.
         """
         y = F.linear(x, linear.weight)
-        if mesh.size > 1:
-            y = mesh.all_reduce(y, dtype=torch.promote_types(y.dtype, torch.float32))
+        y = mesh.all_reduce(y, dtype=torch.promote_types(y.dtype, torch.float32))
         return y if linear.bias is None else y + linear.bias
 
     def project(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from support.engine import GREEDY, PROMPTS, idle, outputs_of
 from support.naive import greedy
 
 from minqwen import LLM, SamplingParams
-from minqwen.engine import llm as llm_module
+from minqwen.engine import in_order
 from minqwen.errors import MinqwenError
 from minqwen.sampling.structured import StructuredOutputs
 
@@ -229,7 +229,7 @@ def test_the_progress_bar_counts_tokens_as_they_come(embedded_model, monkeypatch
     shown: list[tuple[int, float]] = []
     counted: list[int] = []
 
-    class Bar(llm_module.tqdm):
+    class Bar(in_order.tqdm):
         def __init__(self, *args, disable=None, **options):
             assert disable is None  # on a terminal
             super().__init__(*args, file=io.StringIO(), **options)
@@ -237,9 +237,9 @@ def test_the_progress_bar_counts_tokens_as_they_come(embedded_model, monkeypatch
         def set_postfix_str(self, s="", refresh=True):
             shown.append((self.n, float(re.fullmatch(r"([0-9.]+) tokens/s", s)[1])))
 
-    monkeypatch.setattr(llm_module, "tqdm", Bar)
+    monkeypatch.setattr(in_order, "tqdm", Bar)
     clock = itertools.chain([0.0], itertools.repeat(1.0))
-    monkeypatch.setattr(llm_module, "time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr(in_order, "time", SimpleNamespace(perf_counter=clock.__next__))
     llm = LLM(embedded_model, num_blocks=400, max_model_len=256, max_num_seqs=4, seed=0)
     step = llm.core.step
 

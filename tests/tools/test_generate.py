@@ -13,7 +13,6 @@ from support.tool import run_tool, run_tool_here
 from support.torchrun import torchrun
 
 from minqwen import LLM, Checkpoint, SamplingParams
-from minqwen.errors import RequestError
 from minqwen.lab.tasks import heldout_questions
 
 PROMPTS = ["In the beginning", "And it came to pass"]
@@ -193,14 +192,13 @@ def test_chat_answers_held_out_sums(embedded_tokenizer):
 
 
 def test_what_fails_for_one_prompt_leaves_the_others_texts(monkeypatch, one_process):
-    generate = LLM.generate
+    iterate = LLM.iterate
 
     def one_fails(llm, *args, **options):
-        outputs = generate(llm, *args, **options)
-        outputs[1] = dataclasses.replace(outputs[1], error="no such luck")
-        raise RequestError("request 1: no such luck", outputs)
+        first, second = iterate(llm, *args, **options)
+        return iter([first, dataclasses.replace(second, error="no such luck")])
 
-    monkeypatch.setattr(LLM, "generate", one_fails)
+    monkeypatch.setattr(LLM, "iterate", one_fails)
     done = run_tool_here("generate.py", *TWO_PROMPTS, "--json", *FLAGS)
     first, second = map(json.loads, done.out.splitlines())
     assert first["text"] == one_process[0]["text"] and first["error"] is None

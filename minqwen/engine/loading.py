@@ -1,0 +1,150 @@
+"""What an LLM is made of: a model that is loaded, or one that is loaded now, and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minqwen.checkpoint import load_pretrained
+from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
+from minqwen.checks import optional_integer
+from minqwen.config import GenerationDefaults, ModelConfig
+from minqwen.engine.sizing import EngineOptions, check_cache_asked_for
+from minqwen.errors import ConfigError, ParallelError
+from minqwen.heads.view import HEAD_OPTIONS, open_weights
+from minqwen.model import Qwen2
+from minqwen.parallel import Mesh, check_degree, valid_degrees
+from minqwen.tokenizer import Tokenizer
+
+LOADING_OPTIONS = (*OPTIONS, *HEAD_OPTIONS, "tensor_parallel_size", "tokenizer", "seed")
+TokenizerOrPath = Tokenizer | str | os.PathLike[str] | None
+
+
+class Parts(NamedTuple):
+    """A model with what belongs to it."""
+
+    model: Qwen2
+    tokenizer: Tokenizer | None
+    defaults: GenerationDefaults
+
+
+def load_parts(
+    path: str | Path,
+    tokenizer: TokenizerOrPath,
+    engine: EngineOptions,
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    arithmetic: str | None,
+    mesh: Mesh | None,
+    offload: str | None,
+    check_finite: bool,
+    num_attention_heads: int | None,
+    num_key_value_heads: int | None,
+    head_recipe: str,
+    tensor_parallel_size: int | None,
+    progress: bool,
+) -> Parts:
+    """From a directory; the arguments are those of LLM.
+
+    Raises MinqwenError for what cannot work, before any weight is read where that can be known.
+    """
+    arithmetic = arithmetic or "native"
+    check_options(dtype=dtype, device=device, arithmetic=arithmetic, offload=offload)
+    weights = open_weights(path, num_attention_heads, num_key_value_heads, head_recipe)
+    config = weights.config
+    engine.check(config)
+    if mesh is None:
+        mesh = Mesh.from_env(device, tensor_parallel_size=tensor_parallel_size)
+    check_ranks(tensor_parallel_size, mesh)
+    check_degree_or_replicas(config, mesh)
+    check_cache_asked_for(engine, config, resolve_dtype(dtype, config), mesh.size)
+    opened_tokenizer = opened(tokenizer) or Tokenizer.from_dir(path)
+    defaults = GenerationDefaults.from_dir(path, config)
+    model = load_pretrained(
+        weights,
+        dtype=dtype,
+        device=device,
+        arithmetic=arithmetic,
+        mesh=mesh,
+        check_finite=check_finite,
+        progress=progress,
+        offload=offload,
+    )
+    return Parts(model, opened_tokenizer, defaults)
+
+
+def parts_of(
+    model: Qwen2,
+    tokenizer: TokenizerOrPath,
+    *,
+    dtype: str | torch.dtype,
+    check_finite: bool,
+    head_recipe: str,
+    tensor_parallel_size: int | None,
+    progress: bool,
+    **others: object,
+) -> Parts:
+    """Of a model that is loaded already. Raises ConfigError for options of loading beside it."""
+    given = {
+        "dtype": None if dtype == "auto" else dtype,
+        "check_finite": check_finite or None,
+        "head_recipe": None if head_recipe == "ghost" else head_recipe,
+        **others,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} is {value!r}, but the model is a Qwen2 that is loaded already: "
+                f"leave {name} out, or give the directory"
+            )
+    check_ranks(tensor_parallel_size, model.mesh)
+    defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
+    return Parts(model, opened(tokenizer), defaults)
+
+
+def check_ranks(wanted: int | None, mesh: Mesh) -> None:
+    """Raise ConfigError if another number of ranks than `wanted` shares the model."""
+    optional_integer("tensor_parallel_size", wanted, 1)
+    if wanted not in (None, mesh.size):
+        raise ConfigError(
+            f"tensor_parallel_size is {wanted}, but the model's mesh has {mesh.size}: make the "
+            f"mesh with Mesh.from_env(tensor_parallel_size={wanted}), under torchrun"
+        )
+
+
+def check_degree_or_replicas(config: ModelConfig, mesh: Mesh) -> None:
+    """`check_degree`, whose line also says when replicas would use all ranks.
+
+    Raises ParallelError.
+    """
+    try:
+        check_degree(config, mesh.size)
+    except ParallelError as error:
+        fitting = [n for n in valid_degrees(config, mesh.size) if mesh.size % n == 0]
+        size = max(fitting, default=1)
+        raise ParallelError(
+            f"{error}; or with tensor_parallel_size {size}: "
+            f"{mesh.size // size} replicas of the model, each on {size} rank{'s' * (size > 1)}"
+        ) from None
+
+
+def directory_name(model: object) -> str:
+    """The name of a model's directory. Raises ConfigError for what is neither that nor a Qwen2."""
+    if isinstance(model, (str, os.PathLike)):
+        return Path(model).resolve().name
+    raise ConfigError(f"model is a {type(model).__name__}: expected a directory or a Qwen2")
+
+
+def opened(tokenizer: TokenizerOrPath) -> Tokenizer | None:
+    """The tokenizer, or the one in that directory. Raises MinqwenError for anything else."""
+    if isinstance(tokenizer, (str, os.PathLike)):
+        return Tokenizer.from_dir(tokenizer)
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    raise ConfigError(
+        f"tokenizer is a {type(tokenizer).__name__}: expected a Tokenizer or the directory of one"
+    )
