@@ -249,7 +249,8 @@ class Planner:
         item = BYTES_PER_ELEMENT[self.dtype]
         self.quantization = WeightFormat.of(config, item, quantization).name
         ranks = rank_weights(config, size, self.dtype, quantization)
-        self.weights = max(sum(held.values()) for held in ranks)
+        held_by = [sum(held.values()) for held in ranks]
+        self.weights, self.weights_of_all_ranks = max(held_by), sum(held_by)
         # Of the embedding a step looks up a few rows; it reads all only where they are the head's.
         looked_up = 0 if config.tie_word_embeddings else ranks[0]["model.embed_tokens.weight"]
         self.weights_read = self.weights - looked_up
