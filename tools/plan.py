@@ -5,6 +5,7 @@
   python tools/plan.py MODEL --tp 4 --gpu-memory 24 --context 32768 --batch 8
   python tools/plan.py --size 7B --num-attention-heads 32 --tp 8 --quantization awq --dtype float16
   python tools/plan.py --size 7B --tp 4 --plot memory.svg          memory against context
+  python tools/plan.py --size 7B --gpus 8 --batch 64               replicas beside more GPUs each
 
 Figures are per GPU, in GB of 10^9 bytes; docs/memory.md has the formulas. A card may be filled to
 --gpu-memory-utilization, as in the engine; the rest is for the CUDA context and what the allocator
@@ -19,11 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minqwen.checks import integer
 from minqwen.cli import Parser, check_writable, heads_flags, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import MinqwenError, ParallelError
 from minqwen.heads.layout import extended_config
 from minqwen.heads.proposals import asked_layout, asks_for_heads
+from minqwen.lab.choices import Comparison, choices
+from minqwen.lab.choices_page import as_text
 from minqwen.lab.figures import new_figure, save
 from minqwen.lab.planner import (
     CAPACITIES,
@@ -39,6 +43,7 @@ from minqwen.lab.planner import (
 from minqwen.lab.shapes import SIZES, official_config
 
 DEGREES = (1, 2, 4, 8)  # without --tp
+COMPARED_CARD_GB = 80  # with --gpus and without --gpu-memory
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,9 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=int, metavar="N", help="tensor-parallel degree (default: 1, 2, 4 and 8)"
     )
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="compare the ways to use N GPUs, with replicas too"
+    )
     heads_flags(parser)
     parser.add_argument("--dtype", choices=list(BYTES_PER_ELEMENT), help="default: the config's")
     parser.add_argument(
@@ -117,9 +125,17 @@ def load_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per sequence (default: the config's maximum; for more, YaRN is named)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GB", help="of one card (default: the common sizes)"
+        "--batch",
+        type=int,
+        metavar="N",
+        help="sequences (default 1; with --gpus N they are those of all replicas, default N)",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="of one card (default: the common sizes; with --gpus 80)",
     )
     parser.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="default 0.9"
@@ -134,6 +150,8 @@ def load_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise MinqwenError for what argparse lets through."""
+    if args.gpus is not None:
+        check_gpus(args)
     if not 0 < args.gpu_memory_utilization <= 1:
         raise MinqwenError(
             f"--gpu-memory-utilization is {args.gpu_memory_utilization:g}, "
@@ -143,6 +161,18 @@ def check_args(args: argparse.Namespace) -> None:
         raise MinqwenError(f"--gpu-memory is {args.gpu_memory:g}, expected the GB of one card")
     if args.plot:
         check_writable(args.plot, "--plot")
+
+
+def check_gpus(args: argparse.Namespace) -> None:
+    if args.tp is not None:
+        raise MinqwenError(
+            "--gpus compares all tensor-parallel degrees, --tp asks for one: leave one of them out"
+        )
+    if args.plot:
+        raise MinqwenError(
+            "--plot draws single models, --gpus compares replicas: leave one of them out"
+        )
+    integer("--gpus", args.gpus, 1)
 
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
@@ -156,18 +186,20 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 # ---- the answers --------------------------------------------------------------------------------
 
 
+def planner_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "block_size": args.block_size,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+    }
+
+
 def answer(args: argparse.Namespace, config: ModelConfig, size: int) -> Answer:
     """Raises ParallelError where `size` GPUs cannot share the model."""
-    planner = Planner(
-        config,
-        size,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        block_size=args.block_size,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-    )
+    planner = Planner(config, size, **planner_options(args))
     context = config.context_length if args.context is None else args.context
-    estimate = planner.estimate(context, args.batch)
+    estimate = planner.estimate(context, 1 if args.batch is None else args.batch)
     capacities = [args.gpu_memory] if args.gpu_memory else list(CAPACITIES)
     limits = {f"{gb:g}": int(gb * GB * args.gpu_memory_utilization) for gb in capacities}
     return Answer(
@@ -208,19 +240,31 @@ def show(args: argparse.Namespace, config: ModelConfig, answers: list[Answer | R
 
 
 def show_model(args: argparse.Namespace, config: ModelConfig, first: Answer) -> None:
-    planner, estimate, c = first.planner, first.estimate, config
+    planner, estimate = first.planner, first.estimate
+    show_header(args, planner)
+    print(
+        f"context {estimate.context:,}, batch {estimate.batch}, "
+        f"at most {planner.tokens:,} tokens a step"
+    )
+    show_yarn(config, estimate.context)
+
+
+def show_header(args: argparse.Namespace, planner: Planner) -> None:
+    c = planner.config
     print(
         f"{args.size or args.model}: {c.num_attention_heads} query and {c.num_key_value_heads} KV "
         f"heads of {c.head_dim}, {c.num_parameters():,} parameters, {planner.dtype}, "
         f"quantisation {planner.quantization}, "
-        f"{c.kv_bytes_per_token(planner.dtype):,} bytes of cache per token\n"
-        f"context {estimate.context:,}, batch {estimate.batch}, "
-        f"at most {planner.tokens:,} tokens a step"
+        f"{c.kv_bytes_per_token(planner.dtype):,} bytes of cache per token"
     )
-    if first.yarn is not None:
+
+
+def show_yarn(config: ModelConfig, context: int) -> None:
+    yarn = yarn_for(config, context)
+    if yarn is not None:
         print(
-            f"note: the config ends at {c.context_length:,} tokens; {estimate.context:,} need "
-            f'"rope_scaling": {json.dumps(first.yarn)}\n'
+            f"note: the config ends at {config.context_length:,} tokens; {context:,} need "
+            f'"rope_scaling": {json.dumps(yarn)}\n'
             "note: Qwen documents YaRN up to factor 4, for the Instruct models of 7B and more; it "
             "changes what short prompts get too"
         )
@@ -263,6 +307,32 @@ def show_floors(found: list[Answer]) -> None:
             f"{e.decode_seconds(card) * 1e3:8.2f} {e.prefill_seconds(card):7.2f}" for card in cards
         )
         print(f"{e.size:4}" + "".join(times))
+
+
+# ---- the ways to use a number of GPUs -----------------------------------------------------------
+
+
+def compare(args: argparse.Namespace, config: ModelConfig) -> Comparison:
+    gb = args.gpu_memory or COMPARED_CARD_GB
+    return Comparison.of(
+        choices(config, args.gpus, **planner_options(args)),
+        context=config.context_length if args.context is None else args.context,
+        batch=args.gpus if args.batch is None else args.batch,
+        limit=int(gb * GB * args.gpu_memory_utilization),
+        cards={name: card for name, card in CARDS.items() if card.gb == gb},
+    )
+
+
+def show_comparison(args: argparse.Namespace, seen: Comparison) -> None:
+    show_header(args, seen.checkpoint)
+    print(
+        f"{args.gpus} GPUs of {args.gpu_memory or COMPARED_CARD_GB:g} GB, "
+        f"filled to {args.gpu_memory_utilization:g}; "
+        f"{seen.batch:,} sequences of {seen.context:,} tokens, shared out among the replicas"
+    )
+    show_yarn(seen.checkpoint.config, seen.context)
+    print()
+    print(as_text(seen))
 
 
 # ---- the plot -----------------------------------------------------------------------------------
@@ -312,6 +382,13 @@ def main() -> int:
     check_args(args)
     figure = new_figure(7, 4.2) if args.plot else None
     config = read_config(args)
+    if args.gpus is not None:
+        seen = compare(args, config)
+        if args.json:
+            print(json.dumps(seen.as_json(), indent=1))
+        else:
+            show_comparison(args, seen)
+        return 0
     answers = answers_for(args, config)
     if args.plot:
         plot(figure, answers, args.plot)

@@ -14,7 +14,7 @@ from minqwen.checks import integer
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.model.memory import block_bytes, largest, step_phases, worst_steps
-from minqwen.parallel import check_degree, shard
+from minqwen.parallel import check_degree, kv_heads_per_rank, shard
 
 GB = 10**9
 CAPACITIES = (24, 40, 48, 80, 141)  # GB of the cards below
@@ -58,7 +58,7 @@ class Estimate:
 
     The load is `batch` sequences of `context` tokens each. kv_cache: whole blocks. activations: the
     most that the worst step holds, in its `phase`. decode_bytes: read to make one token for every
-    sequence. decode_flops: computed for these tokens. prefill_flops: for all prompts.
+    sequence. decode_flops: computed for these tokens, on one GPU. prefill_flops: for all prompts.
     """
 
     size: int
@@ -249,11 +249,15 @@ class Planner:
         item = BYTES_PER_ELEMENT[self.dtype]
         self.quantization = WeightFormat.of(config, item, quantization).name
         ranks = rank_weights(config, size, self.dtype, quantization)
-        self.weights = max(sum(held.values()) for held in ranks)
+        held_by = [sum(held.values()) for held in ranks]
+        self.weights, self.weights_of_all_ranks = max(held_by), sum(held_by)
         # Of the embedding a step looks up a few rows; it reads all only where they are the head's.
         looked_up = 0 if config.tie_word_embeddings else ranks[0]["model.embed_tokens.weight"]
         self.weights_read = self.weights - looked_up
         self.kv_per_token = block_bytes(config, size, 1, self.dtype)
+        # Ranks that hold copies of a KV head compute its keys and values each for itself.
+        kv_heads = size * kv_heads_per_rank(config, size)
+        self.computed = config.replace(num_key_value_heads=kv_heads)
 
     def estimate(self, context: int, batch: int = 1) -> Estimate:
         """For `batch` sequences of `context` tokens each.
@@ -281,7 +285,7 @@ class Planner:
             activations=activations,
             phase=phase,
             decode_bytes=self.weights_read + batch * context * self.kv_per_token,
-            decode_flops=batch * self.config.flops_per_token(context) / self.size,
+            decode_flops=batch * self.computed.flops_per_token(context) / self.size,
             prefill_flops=batch * self._prompt_flops(context) / self.size,
         )
 
@@ -304,9 +308,9 @@ class Planner:
 
     def _prompt_flops(self, context: int) -> int:
         """Of one prompt: each token, each token against those before it, and one row of logits."""
-        matrices = self.config.flops_per_token(0, lm_head=False)
-        head = self.config.flops_per_token(0) - matrices
-        one_pair = self.config.flops_per_token(1) - self.config.flops_per_token(0)
+        matrices = self.computed.flops_per_token(0, lm_head=False)
+        head = self.computed.flops_per_token(0) - matrices
+        one_pair = self.computed.flops_per_token(1) - self.computed.flops_per_token(0)
         return context * matrices + one_pair * context * (context + 1) // 2 + head
 
     def largest_context(self, limit: int, batch: int = 1) -> int:

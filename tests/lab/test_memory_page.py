@@ -10,8 +10,9 @@ import torch
 from support.paths import ROOT
 from support.tool import run_tool_here
 
+from minqwen.lab.choices import choices
 from minqwen.lab.peak_memory import LONG, VALIDATION, Job, line_through
-from minqwen.lab.planner import Planner
+from minqwen.lab.planner import CARDS, Planner
 from minqwen.lab.shapes import official_config
 from minqwen.model.attention import tile_rows
 
@@ -27,15 +28,21 @@ ONE, FOUR, WIDE_FOUR, WIDE_EIGHT = (
     Planner(WIDE, 4),
     Planner(WIDE, 8),
 )
+CHOICES = {each.planner.size: each for each in choices(SEVEN, 8)}
 KV = SEVEN.kv_bytes_per_token()
 LAYERS, KV_HEADS, d = SEVEN.num_hidden_layers, SEVEN.num_key_value_heads, SEVEN.head_dim
+
+
+def rate(size: int, context: int) -> str:
+    """Tokens per second of 64 sequences on eight H100s, `size` of them for each replica."""
+    return f"{CHOICES[size].tokens_per_second(CARDS['H100'], context, 64):,.0f}"
 
 
 def gb(count: float) -> str:
     return f"{count / 1e9:.2f}"
 
 
-@pytest.mark.parametrize("command, output", TABLES, ids=["28 heads", "32 heads"])
+@pytest.mark.parametrize("command, output", TABLES, ids=["28 heads", "32 heads", "8 GPUs"])
 def test_the_tables_are_what_the_tool_prints(command, output):
     assert run_tool_here(*shlex.split(command)).out == output
 
@@ -67,6 +74,12 @@ def test_the_tables_are_what_the_tool_prints(command, output):
         f"32 heads cost {gb(WIDE_FOUR.weights - FOUR.weights)} GB more on each card.",
         f"with {gb(WIDE_EIGHT.weights)} GB of weights on each; 28 heads do not divide by eight",
         f"Contexts longer than {SEVEN.context_length:,} tokens need YaRN",
+        # Eight cards.
+        f"A token's cache then takes {8 * WIDE_EIGHT.kv_per_token:,} bytes of all memory, not "
+        f"{KV:,}, and is read as often",
+        f"on H100s 64 of them make {rate(8, 32_768)} tokens a second at most, where two "
+        f"replicas of four make {rate(4, 32_768)}. At 1,024 tokens each it is the other way round, "
+        f"{rate(8, 1024)} to {rate(4, 1024)}, because",
         # Long contexts: a chunk's scores, with two heads in float32.
         f"in chunks of {LONG[0].tokens:,} tokens",
         f"the last chunk's at 131,072 tokens would take {gb(2048 * 131_072 * 2 * 4)} GB alone",

@@ -181,6 +181,16 @@ def test_time_floors_by_hand():
     assert Planner(SEVEN, 4).estimate(32_768, 2).prefill_flops == 2 * flops / 4
 
 
+def test_ranks_that_hold_copies_of_a_kv_head_all_compute_its_keys_and_values():
+    estimate = Planner(SEVEN.replace(num_attention_heads=32), 8).estimate(32_768)
+    # On one of eight GPUs: 4 query heads, one KV head, and an eighth of the MLP and of the head.
+    layer = 3584 * (2 * 4 * 128 + 2 * 128 + 3 * 18_944 // 8)
+    per_token = 2 * 28 * layer
+    logits, pair = 2 * 152_064 // 8 * 3584, 4 * 28 * 4 * 128
+    assert estimate.decode_flops == per_token + logits + pair * 32_768
+    assert estimate.prefill_flops == 32_768 * per_token + pair * 32_768 * 32_769 // 2 + logits
+
+
 def test_a_tied_embedding_is_the_head_and_is_read():
     tied = Planner(official_config("3B")).estimate(1)
     assert tied.decode_bytes == 6_171_877_376 + 36_864
@@ -246,7 +256,7 @@ def test_yarn_does_not_take_a_dual_chunk_model_further():
 
 
 def test_what_cannot_work_is_refused():
-    with pytest.raises(ParallelError, match="28 query heads do not divide by 8.*extend to 32"):
+    with pytest.raises(ParallelError, match="28 query heads do not divide by 8.*heads 32"):
         Planner(SEVEN, 8)
     for wrong in ({"dtype": "int3"}, {"quantization": "gguf"}, {"block_size": 0}):
         with pytest.raises(ConfigError, match=str(next(iter(wrong)))):

@@ -6,17 +6,19 @@ import dataclasses
 import json
 import re
 import sys
+from typing import Any
 
 import pytest
 from support.tool import run_tool, run_tool_here
 
+from minqwen.lab.choices import Comparison, choices
 from minqwen.lab.planner import CARDS, Planner
 from minqwen.lab.shapes import official_config
 
 SEVEN = official_config("7B")
 
 
-def answers(*args: object) -> list[dict]:
+def answers(*args: object) -> Any:
     done = run_tool_here("plan.py", *args, "--json")
     assert done.code == 0, done.err
     return json.loads(done.out)
@@ -77,6 +79,39 @@ def test_no_context_beyond_the_models_own_without_its_yarn():
     assert {fit["largest_context"] for fit in answer["cards_gb"].values()} == {40_000}
 
 
+def test_the_ways_to_use_eight_gpus_side_by_side():
+    command = ("--size", "7B", "--gpus", 8, "--context", 5000, "--batch", 40)
+    done = run_tool_here("plan.py", *command, "--gpu-memory", 80)
+    assert done.code == 0 and "8 GPUs of 80 GB, filled to 0.9; 40 sequences of 5,000" in done.out
+    rows = [line.split() for line in done.out.splitlines() if re.match(r"\d+ x \d+ ", line)]
+    degrees = ["1 x 8", "2 x 4", "4 x 2", "8 x 1", "8 x 1"]
+    assert [" ".join(row[:3]) for row in rows] == 3 * degrees  # memory, and two cards' speeds
+    assert run_tool_here("plan.py", *command).out == done.out  # 80 GB if nothing is said
+
+
+def test_json_of_the_comparison_says_what_the_library_says():
+    command = ("--size", "7B", "--gpus", 8, "--gpu-memory", 24, "--dtype", "float16")
+    found = answers(*command, "--gpu-memory-utilization", 0.8)
+    cards = {name: CARDS[name] for name in ("RTX 3090", "RTX 4090")}
+    expected = Comparison.of(
+        choices(SEVEN, 8, dtype="float16"),
+        context=32_768,
+        batch=8,  # one for each GPU if nothing is said
+        limit=int(19.2e9),
+        cards=cards,
+    )
+    assert found == json.loads(json.dumps(expected.as_json()))
+    assert [each["name"] for each in found["choices"]] == [each.name for each in expected.found]
+    assert found["dtype"] == "float16" and found["limit"] == 19_200_000_000
+
+
+def test_a_card_of_unknown_memory_has_no_speeds_and_a_longer_context_its_yarn():
+    done = run_tool_here(
+        "plan.py", "--size", "7B", "--gpus", 2, "--gpu-memory", 32, "--context", 40_000
+    )
+    assert done.code == 0 and "no speeds are told" in done.out and '"factor": 1.23' in done.out
+
+
 def test_plot_and_what_to_do_without_matplotlib(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     done = run_tool_here("plan.py", "--size", "0.5B", "--tp", 1, "--plot", tmp_path / "a.svg")
@@ -100,6 +135,13 @@ def test_plot_and_what_to_do_without_matplotlib(tmp_path, monkeypatch):
         (["--size", "7B", "--num-key-value-heads", "3"], "with 4 key/value heads these work: 28"),
         (["--size", "7B", "--head-recipe", "zero"], "no number of heads was given"),
         (["--size", "9B"], "invalid choice: '9B'"),
+        (["--size", "7B", "--gpus", "8", "--tp", "4"], "leave one of them out"),
+        (["--size", "7B", "--gpus", "8", "--plot", "a.svg"], "leave one of them out"),
+        (["--size", "7B", "--gpus", "0"], "--gpus is 0"),
+        (["--size", "7B", "--gpus", "8", "--batch", "0"], "batch is 0"),
+        (["--size", "7B", "--gpus", "8", "--batch", "9999"], "batch is 9999, expected 1 to 2048"),
+        (["--size", "7B", "--gpus", "8", "--context", "0"], "context is 0"),
+        (["--size", "7B", "--gpu", "8"], "did you mean '--gpus'"),
         ([], "expected a model's directory, or --size"),
         (["/nowhere", "--size", "7B"], "not both"),
         (["--size", "7B", "--contxt", "9"], "did you mean '--context'"),
