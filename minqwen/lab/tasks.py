@@ -3,8 +3,10 @@
     text    continue the King James Version: the loss on chapters that were held out
     sums    `What is 47 + 38?` -> `7+8=15, 4+3+1=8: 85`: a tenth of the pairs was held out
     needle  verses with `The secret number of Aaron is 4821.` among them, and then the question
+    json    `Moses saw 47 men in Hebron. Write it as JSON.` -> the object of name, number and place
 
-A sum or a needle has exactly one right answer, so an answer is right or wrong and needs no judge.
+A sum, a needle or an object has exactly one right answer, so an answer is right or wrong and needs
+no judge.
 Questions are made from a seed: the same seed gives the same questions on every machine.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import random
 from collections.abc import Sequence
@@ -209,6 +212,107 @@ def needle_questions(
         chat = needle_chat(rng, haystack(rng, verses, lengths, room), needles)
         questions.append(chat.opening())
     return questions
+
+
+# ---- a sentence as JSON --------------------------------------------------------------------------
+
+PLACES = (
+    "Antioch Ashdod Babylon Beersheba Bethany Bethel Bethlehem Canaan Capernaum Carmel Corinth "
+    "Damascus Ephesus Galilee Gath Gaza Gibeah Gibeon Gilead Gilgal Hebron Jericho Jerusalem Joppa "
+    "Kadesh Lachish Macedonia Mizpeh Moab Nazareth Nineveh Patmos Philippi Ramah Rome Samaria "
+    "Sardis Shechem Shiloh Shushan Sidon Sinai Smyrna Sodom Tarshish Thessalonica Tyre Zidon "
+    "Ziklag Zion"
+).split()
+SENTENCES = (
+    "{name} saw {number} {things} in {place}.",
+    "{name} had {number} {things} at {place}.",
+    "{name} came to {place} with {number} {things}.",
+    "{name} brought {number} {things} out of {place}.",
+    "In {place} {name} counted {number} {things}.",
+    "And {name} went from {place} with {number} {things}.",
+    "There were {number} {things} with {name} in {place}.",
+    "{number} {things} were given to {name} in {place}.",
+    "Then {name} sent {number} {things} to {place}.",
+    "At {place} they found {number} {things} of {name}.",
+)
+THINGS = "men women servants sheep oxen camels goats horses vessels talents".split()
+JSON_SCHEMA = {  # what every answer is an instance of
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "number": {"type": "integer"},
+        "place": {"type": "string"},
+    },
+    "required": ["name", "number", "place"],
+    "additionalProperties": False,
+}
+
+
+def is_heldout_pair(name: str, place: str) -> bool:
+    """Whether a name and a place are held out together: a fifth of the pairs is, by a hash.
+
+    No sentence that a model is trained to write as JSON has both of them.
+    """
+    return hashlib.sha256(f"minqwen json {name} {place}".encode()).digest()[0] % 5 == 0
+
+
+def json_question(rng: random.Random, name: str, place: str) -> Question:
+    """A random sentence about the two, and its object on one line as `json.dumps` writes it."""
+    number = rng.randrange(2, 10 ** rng.randint(1, 4))
+    sentence = rng.choice(SENTENCES).format(
+        name=name, number=number, things=rng.choice(THINGS), place=place
+    )
+    found = {"name": name, "number": number, "place": place}
+    return Question(f"{sentence} Write it as JSON.", json.dumps(found))
+
+
+def json_questions(count: int, seed: int = 0) -> list[Question]:
+    """`count` questions about a name and a place that are held out: no model has seen both."""
+    rng = random.Random(f"json {seed}")
+    pairs = [(name, place) for name in NAMES for place in PLACES if is_heldout_pair(name, place)]
+    return [json_question(rng, *rng.choice(pairs)) for _ in range(count)]
+
+
+# ---- greedy text --------------------------------------------------------------------------------
+
+
+def opening(chapter: Chapter, words: int = 8) -> str:
+    """The first words of a chapter: where a model goes on from."""
+    return " ".join(chapter.verses[0].split()[:words])
+
+
+def repeated(ids: Sequence[int], n: int) -> list[bool]:
+    """For each id, whether the n ids that end with it have come before in the same order."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for end in range(1, len(ids) + 1):
+        gram = tuple(ids[max(0, end - n) : end])
+        found.append(len(gram) == n and gram in seen)
+        seen.add(gram)
+    return found
+
+
+@torch.no_grad()
+def continued(model: Qwen2, ids: Tensor, count: int) -> Tensor:
+    """ids [B, T] and `count` more of each row, the most likely ones: [B, T + count]."""
+    B = len(ids)
+    for _ in range(count):
+        T = ids.shape[1]
+        last = torch.arange(1, B + 1, device=ids.device) * T - 1
+        batch = dataclasses.replace(Batch.dense(B, T, device=ids.device), logits_at=last)
+        ids = torch.cat([ids, model(ids.flatten(), batch).argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def count_unrepeated(
+    model: Qwen2, tokenizer: Tokenizer, chapters: list[Chapter], tokens: int = 64, n: int = 6
+) -> int:
+    """How many chapters' openings a model goes on from, greedily, without n tokens coming twice."""
+    count = 0
+    for chapter in chapters:
+        ids = torch.tensor([tokenizer.encode(opening(chapter))], device=model.device)
+        count += not any(repeated(continued(model, ids, tokens)[0].tolist(), n))
+    return count
 
 
 # ---- marks --------------------------------------------------------------------------------------

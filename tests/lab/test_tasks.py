@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 
@@ -13,18 +14,27 @@ from support.naive import greedy
 from minqwen import ModelConfig, Qwen2
 from minqwen.errors import MinqwenError
 from minqwen.lab.tasks import (
+    JSON_SCHEMA,
     NAMES,
+    PLACES,
     Chapter,
     Question,
+    continued,
     count_correct,
+    count_unrepeated,
     haystack,
     heldout_loss,
     heldout_questions,
     is_heldout,
+    is_heldout_pair,
+    json_question,
+    json_questions,
     logits_where,
     needle_chat,
     needle_questions,
+    opening,
     parse_chapters,
+    repeated,
     split_chapters,
     sum_question,
     verse_lengths,
@@ -149,6 +159,62 @@ def test_needle_questions_are_at_most_as_long_as_asked(embedded_tokenizer, token
         prompt = embedded_tokenizer.encode_chat([{"role": "user", "content": question.prompt}])
         length = len(prompt) + len(embedded_tokenizer.encode(question.answer)) + 1
         assert tokens - longest_verse - 15 * needles < length <= tokens
+
+
+# ---- a sentence as JSON -------------------------------------------------------------------------
+
+
+def test_a_sentence_becomes_the_object_of_its_name_number_and_place():
+    rng = random.Random(0)
+    for _ in range(200):
+        prompt, answer = json_question(rng, "Moses", "Hebron")
+        found = json.loads(answer)
+        assert list(found) == JSON_SCHEMA["required"] == ["name", "number", "place"]
+        assert found["name"] == "Moses" and found["place"] == "Hebron"
+        assert prompt.endswith(" Write it as JSON.")
+        for value in found.values():
+            assert f" {value}" in f" {prompt}"
+
+
+def test_the_pairs_of_the_questions_are_held_out():
+    questions = json_questions(200)
+    assert len(set(questions)) > 190 and questions == json_questions(200)
+    assert questions != json_questions(200, seed=1)
+    found = [json.loads(question.answer) for question in questions]
+    pairs = {(value["name"], value["place"]) for value in found}
+    assert all(is_heldout_pair(*pair) for pair in pairs) and len(pairs) > 150
+    share = sum(is_heldout_pair(a, b) for a in NAMES for b in PLACES) / len(NAMES) / len(PLACES)
+    assert 0.15 < share < 0.25
+
+
+# ---- greedy text --------------------------------------------------------------------------------
+
+
+def test_an_id_that_ends_n_ids_that_came_before_is_repeated():
+    assert repeated([1, 2, 3, 1, 2, 3, 1], 3) == [False] * 5 + [True, True]
+    assert repeated([7, 7, 7, 7], 2) == [False, False, True, True]
+    assert repeated([1, 2, 3, 4], 2) == [False] * 4
+    assert repeated([1, 1], 3) == [False, False]
+
+
+def test_a_row_goes_on_as_greedy_decoding_does(embedded_model, embedded_tokenizer):
+    rows = [embedded_tokenizer.encode(text)[:4] for text in VERSES[:3]]
+    found = continued(embedded_model, torch.tensor(rows), 6)
+    assert found.tolist() == [row + greedy(embedded_model, row, 6) for row in rows]
+
+
+def test_an_opening_is_counted_if_nothing_comes_twice_in_its_greedy_text(
+    embedded_model, embedded_tokenizer
+):
+    chapters = [Chapter(f"Ps{i}", [verse]) for i, verse in enumerate(VERSES)]
+    assert opening(chapters[0]) == "Make no friendship with an angry man; and"
+    expected = 0
+    for chapter in chapters:
+        ids = embedded_tokenizer.encode(opening(chapter))
+        ids += greedy(embedded_model, ids, 24)
+        grams = [tuple(ids[i : i + 6]) for i in range(len(ids) - 5)]
+        expected += len(set(grams)) == len(grams)
+    assert count_unrepeated(embedded_model, embedded_tokenizer, chapters, tokens=24) == expected
 
 
 # ---- marks --------------------------------------------------------------------------------------

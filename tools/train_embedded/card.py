@@ -15,13 +15,15 @@ from minqwen.lab.tasks import (
     Question,
     TextLoss,
     count_correct,
+    count_unrepeated,
     heldout_loss,
     heldout_questions,
+    json_questions,
     needle_questions,
 )
 
 NEEDLES = [(1, tokens) for tokens in (64, 128, 256, 512, 960)]  # (needles, tokens of the chat)
-NEEDLES += [(3, tokens) for tokens in (128, 256, 960)]
+NEEDLES += [(3, tokens) for tokens in (128, 256, 512, 960)]
 
 
 class Marks(NamedTuple):
@@ -38,13 +40,17 @@ class Report:
     text: TextLoss
     sums: Marks
     needles: dict[tuple[int, int], Marks]  # by number of needles and length of the chat
+    json: Marks
+    unrepeated: Marks  # of held-out chapters' openings, those continued without a repetition
 
     def to_json(self) -> str:
-        """One line: the losses, and [right, asked] for sums and for each kind of needle."""
+        """One line: the losses, and [right, asked] for everything else."""
         found: dict[str, float | Marks] = {
             "nats_per_token": round(self.text.nats_per_token, 4),
             "bits_per_byte": round(self.text.bits_per_byte, 4),
             "sums": self.sums,
+            "json": self.json,
+            "unrepeated": self.unrepeated,
         }
         for (needles, tokens), marks in self.needles.items():
             found[f"needle{needles}_{tokens}"] = marks
@@ -53,7 +59,7 @@ class Report:
 
 def measure(model: Qwen2, tokenizer: Tokenizer, heldout: list[Chapter]) -> Report:
     """Everything the card states."""
-    return _measure(model, tokenizer, heldout, heldout_questions(), 64)
+    return _measure(model, tokenizer, heldout, heldout_questions(), 128)
 
 
 def measure_briefly(model: Qwen2, tokenizer: Tokenizer, heldout: list[Chapter]) -> Report:
@@ -69,10 +75,13 @@ def _measure(
         number, tokens = kind
         asked = needle_questions(heldout, tokenizer, tokens, count, needles=number)
         needles[kind] = Marks(count_correct(model, tokenizer, asked), len(asked))
+    objects, openings = json_questions(4 * count), heldout[:20]
     return Report(
         text=heldout_loss(model, tokenizer, heldout),
         sums=Marks(count_correct(model, tokenizer, sums), len(sums)),
         needles=needles,
+        json=Marks(count_correct(model, tokenizer, objects), len(objects)),
+        unrepeated=Marks(count_unrepeated(model, tokenizer, openings), len(openings)),
     )
 
 
@@ -81,7 +90,7 @@ def greedy(model: Qwen2, tokenizer: Tokenizer, prompt: str, count: int) -> str:
     """The prompt and `count` tokens after it, each the most likely one."""
     ids = tokenizer.encode(prompt)
     for _ in range(count):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(int(model(torch.tensor([ids], device=model.device))[0, -1].argmax()))
     return tokenizer.decode(ids)
 
 
@@ -89,12 +98,12 @@ def greedy(model: Qwen2, tokenizer: Tokenizer, prompt: str, count: int) -> str:
 class Made:
     """How a model was made."""
 
-    command: str
+    commands: list[str]  # each begins with the weights that the one before it made
     steps: int
     tokens: int  # seen in training
     seed: int
     minutes: float
-    threads: int
+    where: str  # "2 CPU threads", "NVIDIA H100"
 
 
 CARD = """# minqwen embedded model
@@ -126,14 +135,20 @@ the number of heads changes.
 {text.nats_per_token:.3f} nats per token, {text.bits_per_byte:.3f} bits per byte |
 | chat: `What is 47 + 38?` -> `7+8=15, 4+3+1=8: 85` | {sums.asked} held-out sums of two numbers \
 from 10 to 99 | {sums.right} right ({share:.1%}) |
-{needles}
+{needles}| chat: a sentence -> `{{"name": ..., "number": ..., "place": ...}}` \
+| {json.asked} sentences about held-out names and places | {json.right} right ({json_share:.1%}) |
+| greedy text of 64 tokens without the same 6 tokens twice \
+| {unrepeated.asked} openings (8 words) of held-out chapters | {unrepeated.right} |
+
 Answers are greedy and count only when right to the last token, `<|im_end|>` included; weights are
 rounded to bfloat16 and computed with in float32. The held-out sums are `heldout_questions()` of
 `minqwen.lab.tasks`: a tenth of the unordered pairs, chosen by hash, none of which is in any
 training batch in either order. The needle questions are `needle_questions(...)`: one or three
 sentences like `The secret number of Aaron is 4821.` among held-out verses, and `What is the secret
-number of Aaron?` at the end; the {names} names are the ones trained on, the numbers are random. It
-knows nothing else: it is a test instrument, not an assistant.
+number of Aaron?` at the end; the {names} names are the ones trained on, the numbers are random. The
+sentences are `json_questions(...)`: a fifth of the pairs of a name and a place is held out, chosen
+by hash. In training no sentence that becomes JSON has both. The answer must be right to the byte,
+with no grammar to help. It knows nothing else: it is a test instrument, not an assistant.
 
 Greedy, `In the beginning`:
 
@@ -143,17 +158,17 @@ Greedy, `In the beginning`:
 
 Data: the King James Version, {verses:,} verses in {chapters:,} chapters, as printed by the command
 `bible -f gen1:1-rev22:21` of Debian's package `bible-kjv` (the text is in the public domain), and
-sums and needle chats that the program makes from a seed, mixed in every step. Chats are ChatML
-without a system turn; the loss counts their answers only (and the verses of a needle chat as text).
-Muon for the matrices in the layers, AdamW for the rest; {made.steps:,} steps, {made.tokens:,} \
-tokens, seed {made.seed}.
+chats that the program makes from a seed, mixed in every step. Chats are ChatML without a system
+turn; the loss counts their answers only. Greedy text that the model writes in the last part of the
+training teaches it not to repeat itself: what comes twice is made less likely (unlikelihood,
+arXiv:1908.04319). Muon for the matrices in the layers, AdamW for the rest; {made.steps:,} steps, \
+{made.tokens:,} tokens, seed {made.seed}.
 
-    {made.command}
+{commands}
 
-took {made.minutes:.0f} minutes of training on {made.threads} CPU threads (torch {torch}) of a
-machine that had other work. With `--minutes` the learning rate follows the clock, so another
-machine gives another model of the same kind; with `--steps` it follows the steps. `--evaluate`
-measures the checkpoint again.
+{took} {made.minutes:.1f} minutes of training on {made.where} (torch {torch}). With `--minutes` the
+learning rate follows the clock, so another machine gives another model of the same kind; with
+`--steps` it follows the steps. `--evaluate` measures the checkpoint again.
 """
 
 
@@ -185,11 +200,16 @@ def card(
         text=report.text,
         sums=report.sums,
         share=report.sums.right / report.sums.asked,
+        json=report.json,
+        json_share=report.json.right / report.json.asked,
+        unrepeated=report.unrepeated,
         needles=needle_rows(report),
         names=len(NAMES),
         sample=sample.replace("\n", "\n> "),
         verses=sum(len(chapter.verses) for chapter in chapters),
         chapters=len(chapters),
         made=made,
+        commands="\n".join("    " + command for command in made.commands),
+        took="took" if len(made.commands) == 1 else "The last one took",
         torch=torch.__version__,
     )

@@ -169,7 +169,7 @@ def save_checkpoint(model: Qwen2, small_files: Path, out: Path) -> None:
 
 def rounded(model: Qwen2) -> Qwen2:
     """The model as it will lie on disk: weights rounded to bfloat16, computed with in float32."""
-    copy = Qwen2(model.config, dtype=torch.float32)
+    copy = Qwen2(model.config, dtype=torch.float32, device=model.device)
     state = {name: value.bfloat16().float() for name, value in model.state_dict().items()}
     copy.load_state_dict(state)
     return copy.eval()

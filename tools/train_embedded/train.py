@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import time
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from card import measure_briefly
 from checkpoint import rounded, save_checkpoint
-from data import ANSWER, NOTHING, TEXT, Data, Examples
+from data import KINDS, NOTHING, PROMPT_TOKENS, REPEAT, Chats, Examples, Supply, Text, start_worker
 from optimizer import Rates, make_optimizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minqwen import ModelConfig, Qwen2, Tokenizer
+from minqwen import LLM, Batch, ModelConfig, Qwen2, SamplingParams, Tokenizer
 from minqwen.errors import MinqwenError
-from minqwen.lab.tasks import Chapter, logits_where
-from minqwen.model.arithmetic import Native
+from minqwen.lab.tasks import Chapter, heldout_loss, repeated
+from minqwen.model.arithmetic import Linear, Native
 from minqwen.model.trace import Tap
+from minqwen.parallel import Mesh
 
 WARM_UP = 30  # steps in which the learning rates rise from nothing
-
-Means = dict[str, float]  # mean loss by what counts: "text", "sum", "needle"
+LOG_EVERY = 20  # steps
+REPEATS_EVERY = 8  # steps between two sets of generated rows
+REPEATS_MADE = 64  # rows of a set
+REPEATS_ROWS = 16  # of those that repeat something, so many are in a step
+REPEATS_TOKENS = 64  # of a generated row
+REPEATS_GRAM = 5  # that many tokens must not come twice; the measure looks at one more
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,32 @@ class Settings:
     steps: int | None
     out: Path  # the checkpoint
     run: Path  # the state to go on from, the log, the tokenizer
+    start_from: Path | None  # the checkpoint whose weights are the first ones
     seed: int
     threads: int
+    workers: int  # processes that make chats; 0: the training makes them itself
+    device: str
+    rows: int  # of a step
+    text_share: float  # of the rows
+    dropout: float  # where a model reads text
+    blanked: float  # the part of the text's tokens that a model does not see
+    weight_decay: float
+    repeats_from: float  # the part of the training after which repetition is unlearnt
     evaluate_every: float  # minutes between short measures
+    save_every: float  # minutes between saved states
+    curve: int  # how often the loss on the held-out chapters is taken
     rates: Rates
-    loss_weights: dict[str, float]  # of "text", "sum" and "needle"
+    loss_weights: dict[str, float]  # by a name of KINDS
     compile: bool
     quiet: bool
+
+    @property
+    def text_rows(self) -> int:
+        return min(self.rows, max(1, round(self.rows * self.text_share)))
+
+    @property
+    def chat_rows(self) -> int:
+        return self.rows - self.text_rows
 
 
 @dataclass
@@ -62,20 +90,34 @@ class Progress:
 
 
 class Training(Native):
-    """Native, but attention keeps no scores and no pattern for the backward pass.
+    """Native, but attention keeps no scores and no pattern for the backward pass; with dropout.
 
     torch's fused attention computes them again where it needs them. A step of training takes 0.6 of
     the time that it takes with Native's own attention (0.4 if the layers are not compiled). The
     batches of training have no cache, so whatever is hidden is hidden causally.
+
+    dropout: the part of what a layer adds to its input that is set to zero, by chance; and, on a
+    GPU, half of that part of the attention pattern.
     """
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        self.dropout = dropout
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, tap: Tap
     ) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=hidden is not None, scale=scale)
+        # On a CPU torch's fused attention has no dropout, and a step would take four times as long.
+        dropout = self.dropout / 2 if q.is_cuda else 0.0
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=hidden is not None, scale=scale
+        )
+
+    def row_parallel_linear(self, x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
+        y = super().row_parallel_linear(x, linear, mesh)
+        return F.dropout(y, self.dropout) if self.dropout else y
 
 
-def new_model(config: ModelConfig) -> Qwen2:
+def new_model(config: ModelConfig, device: str = "cpu") -> Qwen2:
     """A model to train: random weights with which every layer begins as the identity."""
     model = Qwen2(config, arithmetic=Training())
     starts_at_zero = ("o_proj.weight", "down_proj.weight", "lm_head.weight", "bias")
@@ -88,7 +130,16 @@ def new_model(config: ModelConfig) -> Qwen2:
             nn.init.ones_(p)
         else:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
-    return model.requires_grad_()
+    return model.to(device).requires_grad_()
+
+
+def shared(model: Qwen2, arithmetic: Native) -> Qwen2:
+    """Another model with the same parameters, the same objects, and this arithmetic."""
+    other = Qwen2(model.config, arithmetic=arithmetic, device="meta")
+    for name, p in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        setattr(other.get_submodule(module), leaf, p)
+    return other
 
 
 def compile_layers(model: Qwen2) -> None:
@@ -101,48 +152,107 @@ def compile_layers(model: Qwen2) -> None:
 # ---- gradients ----------------------------------------------------------------------------------
 
 
-def backward(
-    model: Qwen2, step: list[Examples], loss_weights: dict[str, float], pool: Executor
-) -> Means:
-    """Set the gradient of the weighted sum of the mean losses of text, sums and needles.
+@dataclass(frozen=True)
+class Loss:
+    """The weighted sum of the mean losses of every kind of target."""
 
-    Threads share the batches, not the operations: beside other work on the same cores, two threads
+    weights: Tensor  # [kinds]
+    counts: Tensor  # [kinds], how many targets of each kind the whole step has
+
+    @staticmethod
+    def of(step: list[Part], weights: dict[str, float], device: str) -> Loss:
+        kinds = torch.cat([part.examples.kinds.flatten() for part in step])
+        counts = torch.bincount(kinds, minlength=len(KINDS)).clamp(min=1).float()
+        for part in step:
+            counts[REPEAT] = max(float(counts[REPEAT]), part.least_repeats)
+        by_kind = torch.tensor([weights.get(kind, 0.0) for kind in KINDS])
+        return Loss(by_kind.to(device), counts.to(device))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one thread computes of a step."""
+
+    model: Qwen2
+    examples: Examples
+    least_repeats: float = 1.0  # fewer repeats than these count as so many
+
+
+def backward(model: Qwen2, step: list[Part], loss: Loss, pool: Executor) -> Tensor:
+    """Set the gradient of `loss`; returns the mean loss of each kind [kinds].
+
+    Threads share the parts, not the operations: beside other work on the same cores, two threads
     that meet once in a step lose far less time than two that meet at every matrix product.
     """
-    counts = dict.fromkeys(loss_weights, 0)
-    for examples in step:
-        counts["text"] += int((examples.kinds == TEXT).sum())
-        counts[examples.skill] += int((examples.kinds == ANSWER).sum())
-
-    def gradients(examples: Examples) -> tuple[Means, tuple[Tensor, ...]]:
-        return part_gradients(model, examples, loss_weights, counts)
-
-    total = dict.fromkeys(loss_weights, 0.0)
-    # `map` returns in the order of the batches: the sum is the same, whichever thread ends first.
-    for means, grads in pool.map(gradients, step):
-        for name, mean in means.items():
-            total[name] += mean
+    means = torch.zeros_like(loss.weights)
+    # `map` returns in the order of the parts: the sum is the same, whichever thread ends first.
+    for part_means, grads in pool.map(lambda part: part_gradients(part, loss), step):
+        means += part_means
         for p, grad in zip(model.parameters(), grads):
             p.grad = grad if p.grad is None else p.grad.add_(grad)
-    return total
+    return means
 
 
-def part_gradients(
-    model: Qwen2, examples: Examples, loss_weights: dict[str, float], counts: dict[str, int]
-) -> tuple[Means, tuple[Tensor, ...]]:
-    """One batch's share of the mean losses, and its share of the gradient of each parameter.
+def part_gradients(part: Part, loss: Loss) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A part's share of the mean losses, and its share of the gradient of each parameter."""
+    means = part_means(part, loss.counts)
+    grads = torch.autograd.grad((means * loss.weights).sum(), list(part.model.parameters()))
+    return means.detach(), grads
 
-    counts: how many targets of each kind the whole step has.
-    """
-    scored = examples.kinds != NOTHING
-    logits = logits_where(model, examples.inputs, scored)
-    losses = F.cross_entropy(logits, examples.targets[scored], reduction="none")
-    kinds, skill = examples.kinds[scored], examples.skill
-    text = losses[kinds == TEXT].sum() / max(counts["text"], 1)
-    answers = losses[kinds == ANSWER].sum() / max(counts[skill], 1)
-    loss = loss_weights["text"] * text + loss_weights[skill] * answers
-    grads = torch.autograd.grad(loss, list(model.parameters()))
-    return {"text": float(text.detach()), skill: float(answers.detach())}, grads
+
+def part_means(part: Part, counts: Tensor) -> Tensor:
+    """A part's share of the mean loss of each kind [kinds]."""
+    model, examples, device = part.model, part.examples, part.model.device
+    at = (examples.kinds.flatten() != NOTHING).nonzero()[:, 0]  # on the CPU: nothing waits for it
+    kinds, targets = examples.kinds.flatten()[at], examples.targets.flatten()[at]
+    ids, at, kinds, targets = (_send(x, device) for x in (examples.inputs, at, kinds, targets))
+    rows, length = ids.shape
+    batch = dataclasses.replace(Batch.dense(rows, length, device=device), logits_at=at)
+    with half_precision(device):
+        logits = model(ids.flatten(), batch)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    # A repeat is to become unlikely: -log(1 - p) in the place of -log(p) (arXiv:1908.04319).
+    unlikely = -torch.log1p(-torch.exp(-losses).clamp(max=1 - 1e-6))
+    losses = torch.where(kinds == REPEAT, unlikely, losses)
+    return losses.new_zeros(len(KINDS)).index_add(0, kinds, losses) / counts
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """On a GPU matrix products are computed in bfloat16; the weights stay float32."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+# ---- repetition ---------------------------------------------------------------------------------
+
+
+class Writer:
+    """Greedy text of the model as it is now, to see what it repeats."""
+
+    def __init__(self, model: Qwen2) -> None:
+        native = shared(model, Native())
+        blocks = REPEATS_MADE * (REPEATS_TOKENS + PROMPT_TOKENS) // 16
+        self.engine = LLM(native, num_blocks=blocks + REPEATS_MADE, max_num_seqs=REPEATS_MADE)
+        self.params = SamplingParams(temperature=0, max_tokens=REPEATS_TOKENS, ignore_eos=True)
+
+    def examples(self, prompts: Tensor) -> Examples | None:
+        """Of the texts after `prompts` those that repeat something; None if none does.
+
+        Of them, the tokens that repeat what came before count.
+        """
+        with half_precision(self.engine.model.device):
+            outputs = self.engine.generate(prompts.tolist(), self.params, use_tqdm=False)
+        ids = torch.tensor([[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs])
+        again = torch.tensor([repeated(row, REPEATS_GRAM) for row in ids.tolist()])
+        again[:, : prompts.shape[1]] = False
+        rows = again.any(1)
+        if not rows.any():
+            return None
+        kinds = torch.where(again[rows], REPEAT, NOTHING)
+        return Examples.of(ids[rows], kinds)
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -154,15 +264,23 @@ class Run:
 
     settings: Settings
     model: Qwen2
-    data: Data
+    text: Text
+    supply: Supply | None  # None: text only
     pool: Executor
     progress: Progress = field(init=False)
+    repeats: Examples | None = None
 
     def __post_init__(self) -> None:
-        self.progress = Progress(self.settings.seed)
-        self.optimizers = make_optimizers(self.model, self.settings.rates, self.pool)
+        s = self.settings
+        self.progress = Progress(s.seed)
+        self.optimizers = make_optimizers(self.model, s.rates, s.weight_decay, self.pool)
         self.rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        self.state_file = self.settings.run / "state.pt"
+        self.state_file = s.run / "state.pt"
+        self.readers = {
+            of_text: shared(self.model, Training(s.dropout if of_text else 0.0))
+            for of_text in (True, False)
+        }
+        self.writer = Writer(self.model)
 
     def done(self) -> float:
         """The part of the training that lies behind us; 1 or more at its end."""
@@ -174,7 +292,7 @@ class Run:
         """Go on from the saved state, if there is one. Raises MinqwenError for another run's."""
         if not self.state_file.exists():
             return
-        saved = _read_state(self.state_file)
+        saved = _read_state(self.state_file, self.settings.device)
         if saved["progress"]["seed"] != self.settings.seed:
             raise MinqwenError(
                 f"{self.state_file}: is a run of seed {saved['progress']['seed']}, expected "
@@ -197,28 +315,58 @@ class Run:
         os.replace(temporary, self.state_file)
         save_checkpoint(self.model, self.settings.run / "tokenizer", self.settings.out)
 
+    def parts(self, towards_the_end: bool = False) -> list[Part]:
+        """The step's text, chats and, towards the end of the training, repetitions."""
+        s, step = self.settings, self.progress.step
+        blank = self.model.config.vocab_size - 1  # a row that no token uses
+        examples = [self.text.examples(step * s.text_rows, s.text_rows, s.blanked, blank)]
+        if self.supply is not None:
+            examples.append(self.supply.examples(step))
+        parts = [Part(self.readers[some.from_text], some) for some in examples]
+        if towards_the_end:
+            parts += self.repetitions()
+        return parts
+
+    def repetitions(self) -> list[Part]:
+        """Generated rows that repeat something, others in every step."""
+        step = self.progress.step
+        if self.repeats is None or step % REPEATS_EVERY == 0:
+            self.repeats = self.writer.examples(self.text.prompts(step, REPEATS_MADE))
+        if self.repeats is None:
+            return []
+        count = len(self.repeats.inputs)
+        rows = torch.from_numpy(np.random.default_rng([step]).permutation(count)[:REPEATS_ROWS])
+        made = self.repeats
+        some = Examples(made.inputs[rows], made.targets[rows], made.kinds[rows])
+        return [Part(self.model, some, least_repeats=REPEATS_ROWS * REPEATS_TOKENS / 20)]
+
     def advance(self) -> dict[str, float]:
-        """One step of training; returns what the log says of it."""
+        """One step of training; returns what the log says of it, or nothing between two lines."""
         began = time.monotonic()
-        step = self.data.step(self.progress.step)
-        means = backward(self.model, step, self.settings.loss_weights, self.pool)
-        scale = min(1.0, (self.progress.step + 1) / WARM_UP) * (1 - self.done())
+        parts = self.parts(self.supply is not None and self.done() >= self.settings.repeats_from)
+        loss = Loss.of(parts, self.settings.loss_weights, self.settings.device)
+        means = backward(self.model, parts, loss, self.pool)
+        scale = min(1.0, (self.progress.step + 1) / WARM_UP) * max(0.0, 1 - self.done())
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        tokens = sum(examples.inputs.numel() for examples in step)
-        seconds = time.monotonic() - began
         self.progress.step += 1
-        self.progress.seconds += seconds
-        self.progress.tokens += tokens
-        return {**asdict(self.progress), **means, "tokens_per_second": round(tokens / seconds)}
+        record = {}
+        if self.progress.step % LOG_EVERY == 0:  # to read a loss is to wait for the device
+            record = {kind: round(x, 4) for kind, x in zip(KINDS[1:], means[1:].tolist())}
+        self.progress.seconds += time.monotonic() - began
+        self.progress.tokens += sum(part.examples.inputs.numel() for part in parts)
+        if record:
+            rate = round(self.progress.tokens / self.progress.seconds)
+            record = {**asdict(self.progress), **record, "tokens_per_second": rate}
+        return record
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, device: str) -> dict[str, Any]:
     try:
-        saved: Any = torch.load(path, weights_only=True)
+        saved: Any = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # torch.load raises whatever the damage leads to
         raise MinqwenError(f"{path}: is damaged; remove it, or give another --run") from None
     if not isinstance(saved, dict) or set(saved) != {"progress", "model", "optimizers"}:
@@ -228,37 +376,121 @@ def _read_state(path: Path) -> dict[str, Any]:
     return saved
 
 
-def warm_up(model: Qwen2, data: Data) -> None:
-    """Compile for every shape of a batch; here, because torch.compile is not for threads."""
-    for examples in data.step(0) + data.step(1):
-        logits_where(model, examples.inputs, examples.kinds != NOTHING).sum().backward()
-    model.zero_grad(set_to_none=True)
+def warm_up(run: Run) -> None:
+    """Compute every part of a step once, the repetitions too.
+
+    torch.compile is not for threads, so it compiles here; and what cannot work on this machine
+    fails now and not at the end.
+    """
+    counts = torch.ones(len(KINDS), device=run.settings.device)
+    parts = run.parts(towards_the_end=run.supply is not None)
+    for part in parts:
+        part_means(part, counts).sum().backward()
+    run.model.zero_grad(set_to_none=True)
+    run.repeats = None
 
 
-def train(
-    settings: Settings, model: Qwen2, tokenizer: Tokenizer, data: Data, heldout: list[Chapter]
-) -> Progress:
-    """Train to the end, from the beginning or from the saved state; returns how far it came."""
-    with ThreadPoolExecutor(settings.threads) as pool:
-        run = Run(settings, model, data, pool)
-        run.resume()
+@dataclass
+class Looks:
+    """What is measured and saved while a model is trained, and when."""
+
+    run: Run
+    tokenizer: Tokenizer
+    heldout: list[Chapter]
+    saves: bool
+
+    def __post_init__(self) -> None:
+        s, seconds = self.run.settings, self.run.progress.seconds
+        self.next_look = seconds + 60 * s.evaluate_every
+        self.next_save = seconds + 60 * s.save_every
+        self.next_point = self.run.done() + 1 / (s.curve + 1)
+
+    def after_step(self) -> None:
+        s, seconds, done = self.run.settings, self.run.progress.seconds, self.run.done()
+        if done >= 1:
+            return
+        if self.saves and seconds >= min(self.next_save, self.next_look):
+            self.run.save()
+            self.next_save = seconds + 60 * s.save_every
+        if seconds >= self.next_look:
+            _look(self.run, self.tokenizer, self.heldout)
+            self.next_look = seconds + 60 * s.evaluate_every
+        if s.curve and done >= self.next_point:
+            write_log(self.run, {"step": self.run.progress.step, **self.point()})
+            self.next_point = done + 1 / (s.curve + 1)
+
+    def point(self) -> dict[str, float]:
+        """A point of the curve: the loss on the held-out chapters."""
+        loss = heldout_loss(rounded(self.run.model), self.tokenizer, self.heldout)
+        point = {
+            "done": round(self.run.done(), 3),
+            "heldout_nats_per_token": round(loss.nats_per_token, 4),
+            "heldout_bits_per_byte": round(loss.bits_per_byte, 4),
+        }
+        tqdm.write(json.dumps({"step": self.run.progress.step, **point}))
+        return point
+
+
+def write_log(run: Run, record: dict[str, float]) -> None:
+    with open(run.settings.run / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(record) + "\n")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model is trained on and watched with."""
+
+    trained: list[Chapter]
+    heldout: list[Chapter]
+    tokenizer: Tokenizer
+
+
+def train(settings: Settings, model: Qwen2, source: Source, saves: bool = True) -> Progress:
+    """Train to the end, from the beginning or from the saved state; returns how far it came.
+
+    saves=False: neither the state nor a checkpoint is written.
+    """
+    with ExitStack() as stack:
+        threads = 1 if settings.device != "cpu" else settings.threads
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        text = Text(source.trained, source.tokenizer, settings.seed)
+        run = Run(settings, model, text, _supply(settings, source, stack), pool)
+        if saves:
+            run.resume()
         if settings.compile:
-            compile_layers(model)
-        warm_up(model, data)
+            for reader in run.readers.values():
+                compile_layers(reader)
+        warm_up(run)
+        if saves:
+            run.save()
+        looks = Looks(run, source.tokenizer, source.heldout, saves)
         bar = _progress_bar(run)
-        next_look = run.progress.seconds + 60 * settings.evaluate_every
         while run.done() < 1:
             record = run.advance()
-            _show(bar, run, record)
-            with open(settings.run / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(record) + "\n")
-            if run.progress.seconds >= next_look and run.done() < 1:
-                run.save()
-                _look(run, tokenizer, heldout)
-                next_look = run.progress.seconds + 60 * settings.evaluate_every
+            if record:
+                _show(bar, run, record)
+                write_log(run, record)
+            looks.after_step()
         bar.close()
-        run.save()
+        if saves:
+            run.save()
         return run.progress
+
+
+def _supply(settings: Settings, source: Source, stack: ExitStack) -> Supply | None:
+    if settings.chat_rows == 0:
+        return None
+    chats = Chats(source.trained, source.tokenizer, settings.seed)
+    workers = None
+    if settings.workers:
+        workers = ProcessPoolExecutor(
+            settings.workers,
+            mp_context=get_context("spawn"),  # a forked process would share the GPU's state
+            initializer=start_worker,
+            initargs=(source.trained, settings.run / "tokenizer", settings.seed),
+        )
+        stack.callback(workers.shutdown, cancel_futures=True)
+    return Supply(chats, settings.chat_rows, workers, grown=settings.start_from is not None)
 
 
 def _progress_bar(run: Run) -> tqdm[Any]:
@@ -275,7 +507,7 @@ def _progress_bar(run: Run) -> tqdm[Any]:
 def _show(bar: tqdm[Any], run: Run, record: dict[str, float]) -> None:
     bar.update(round(100 * min(run.done(), 1), 2) - bar.n)
     shown: dict[str, object] = {"step": run.progress.step, "tok_s": record["tokens_per_second"]}
-    for name in run.settings.loss_weights:
+    for name in KINDS[1:]:
         shown[name] = f"{record[name]:.3f}"
     bar.set_postfix(shown)
 
