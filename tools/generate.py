@@ -416,10 +416,11 @@ def show_all(outputs: Outputs, texts: list[str], args: argparse.Namespace) -> No
                 shown += 1
             failed += [output] if output.error else []
     except (KeyboardInterrupt, SystemExit):  # the latter under torchrun
-        for index, output in sorted(outputs.finished.items()):
-            show_output(output, index, texts, args)
-        count = shown + len(outputs.finished)
-        say(f"stopped: {count} of {len(texts)} prompts are finished and shown")
+        with signals_wait():
+            for index, output in sorted(outputs.finished.items()):
+                show_output(output, index, texts, args)
+            count = shown + len(outputs.finished)
+            say(f"stopped: {count} of {len(texts)} prompts are finished and shown")
         raise
     raise_failures(failed)
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.checkpoints import refusal
-from support.paths import EMBEDDED, ROOT
-from support.torchrun import environment, marked, torchrun
+from support.paths import EMBEDDED
+from support.torchrun import torchrun
 
-from minqwen import LLM, SamplingParams
+from minqwen import LLM
 from minqwen.engine.outputs import CompletionOutput, Metrics, RequestOutput
 from minqwen.engine.replicas import from_bytes, to_bytes
 from minqwen.parallel import Mesh
@@ -24,7 +20,7 @@ from minqwen.sampling.logprobs import Logprob
 CALLS = """
 import pickle, sys
 import torch
-from minqwen import LLM, SamplingParams
+from minqwen import LLM
 from minqwen.parallel import SINGLE
 
 TEXTS = ["In the beginning", "And God said", "The LORD", "Blessed are", "Jesus wept"]
@@ -116,7 +112,7 @@ def test_an_output_travels_whole():
 
 WAITS = """
 import os, signal, sys, time
-from minqwen import LLM, SamplingParams
+from minqwen import LLM
 llm = LLM(tensor_parallel_size=1, max_model_len=64, num_blocks=64)
 llm.generate("one step, so that nobody is loading", SamplingParams(max_tokens=1), use_tqdm=False)
 def deed(x, name):
@@ -148,59 +144,3 @@ def test_a_slow_replica_is_waited_for_while_it_goes_on():
     """Its four steps together take half as long again as the timeout."""
     done = torchrun(2, WAITS, ["time.sleep(3)"], env={"MINQWEN_TIMEOUT": "8"})
     assert done.returncode == 0 and done.stdout == "done\ndone\n", done.stderr
-
-
-# ---- Ctrl-C -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]])
-def test_ctrl_c_leaves_all_that_is_finished_written(tmp_path, launcher):
-    """The first prompt has an answer without end, so that the others finish before their turn."""
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps(f"And God said {i}") + "\n" for i in range(2000)))
-    flags = ["--max-tokens", "8", "--temperature", "0", "--json", "--ignore-eos"]
-    if launcher:
-        flags += ["--tensor-parallel-size", "1"]
-    mark = tmp_path.name
-    process = subprocess.Popen(
-        [sys.executable, *launcher, ROOT / "tools/generate.py", "--prompt-file", file, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(mark, {}),
-        start_new_session=True,
-    )
-    try:
-        lines = [process.stdout.readline()]  # the run is on its way
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-    finally:
-        for left in marked(mark):
-            left.kill()
-    found = [json.loads(line) for line in (lines[0] + out).split("\n")[:-1]]
-    numbers = [one["index"] for one in found]
-    assert numbers == sorted(set(numbers)) and 0 < len(numbers) < 2000
-    assert all(one["finish_reason"] == "length" for one in found)
-    assert all(one["prompt"] == f"And God said {one['index']}" for one in found)
-    assert f"stopped: {len(found)} of 2000 prompts are finished and shown" in err
-    assert process.returncode != 0 and "generate.py" not in err  # no traceback of ours
-
-
-def test_what_is_finished_out_of_turn_is_there_when_a_caller_stops(embedded_model):
-    """The second prompt ends at once; the first has not ended when the caller is interrupted."""
-    llm = LLM(embedded_model, max_model_len=64, num_blocks=64)
-    step, steps = llm.core.step, []
-
-    def interrupted(*args):
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    llm.core.step = interrupted
-    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (30, 1)]
-    outputs = llm.iterate([[1, 2], [3]], params, use_tqdm=False)
-    with pytest.raises(KeyboardInterrupt):
-        next(outputs)
-    assert list(outputs.finished) == [1] and outputs.finished[1].prompt_token_ids == [3]
-    assert not llm.has_unfinished_requests  # what was not finished is dropped
