@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from minqwen.checkpoint.embedded import EMBEDDED as EMBEDDED  # tools import it from here
 from minqwen.checks import did_you_mean
-from minqwen.errors import MinqwenError
+from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.heads.layout import RECIPES
 from minqwen.parallel import Mesh
 
@@ -160,10 +160,6 @@ def check_writable(path: str | Path, flag: str) -> None:
     else:
         return
     raise MinqwenError(f"{flag} {path}: {problem}")
-
-
-def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say_mistake(text: str) -> None:

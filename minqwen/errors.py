@@ -1,7 +1,12 @@
-"""A user's mistake, told in one line: what is wrong, where, what was expected, what to do."""
+"""A user's mistake, told in one line: what is wrong, where, what was expected, what to do.
+
+Warnings too are one line, and come from one rank.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,3 +53,14 @@ class TraceError(MinqwenError):
 
 class HeadsError(MinqwenError):
     """A head count, recipe or checkpoint that head extension must refuse."""
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks: rank 0 of torchrun's, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def warn(text: str, stacklevel: int) -> None:
+    """A warning from rank 0 alone. stacklevel: as in `warnings.warn`, counted from the caller."""
+    if is_first_rank():
+        warnings.warn(text, stacklevel=stacklevel + 1)

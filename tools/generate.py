@@ -24,13 +24,13 @@ from typing import Any
 
 from minqwen import LLM, Checkpoint, SamplingParams
 from minqwen.checks import did_you_mean
-from minqwen.cli import Parser, is_first_rank, model_flags, model_options, run, share_text
+from minqwen.cli import Parser, model_flags, model_options, run, share_text
 from minqwen.config import GenerationDefaults
 from minqwen.engine.failures import raise_failures
 from minqwen.engine.in_order import Outputs
 from minqwen.engine.outputs import Delta, RequestOutput
 from minqwen.engine.sizing import EngineOptions
-from minqwen.errors import MinqwenError
+from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.sampling.logprobs import Logprob
 
 SAMPLING_FLAGS = (

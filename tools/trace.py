@@ -33,12 +33,11 @@ from minqwen.cli import (
     Parser,
     check_writable,
     heads_options,
-    is_first_rank,
     model_flags,
     model_options,
     run,
 )
-from minqwen.errors import MinqwenError
+from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.model.trace import POINTS, Point, select
 
 

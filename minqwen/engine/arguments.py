@@ -7,13 +7,11 @@ refused.
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from minqwen.checks import UNQUANTISED, ErrorClass, did_you_mean
-from minqwen.errors import ConfigError, SamplingError
+from minqwen.errors import ConfigError, SamplingError, warn
 from minqwen.files import quoted
 from minqwen.sampling.params import SamplingParams
 
@@ -59,6 +57,9 @@ class Only(NamedTuple):
     instead: str
 
 
+_REPLICAS = (
+    "start R x N ranks with torchrun and give tensor_parallel_size=N for R copies of the model"
+)
 _DIRECTORY = "give the directory of the revision that is wanted"
 _PARAMS = "give SamplingParams"
 _ONE_WAY = "leave it out"
@@ -70,7 +71,7 @@ ONLY = {
     "calculate_kv_scales": Only((False,), "the cache has the model's dtype; leave it out"),
     "cpu_offload_gb": Only((0, 0.0), "use offload='memory'"),
     "pipeline_parallel_size": Only((1,), "ranks share each layer: use torchrun"),
-    "data_parallel_size": Only((1,), "start one script for each copy of the model"),
+    "data_parallel_size": Only((1,), _REPLICAS),
     "enable_expert_parallel": Only((False,), "Qwen2.5 has no experts; leave it out"),
     "load_format": Only(("auto", "safetensors"), "convert the weights to safetensors"),
     "tokenizer_mode": Only(("auto", "fast", "slow", "hf"), _ONE_WAY),
@@ -160,6 +161,6 @@ def _is_one_of(value: object, allowed: Iterable[object]) -> bool:
 def warn_of_idle(options: Mapping[str, Any]) -> None:
     """One warning, on rank 0, that names what makes no difference."""
     idle = [f"{name} ({IDLE[name]})" for name in options if name in IDLE]
-    if idle and os.environ.get("RANK", "0") == "0":
+    if idle:
         verb = "makes" if len(idle) == 1 else "make"
-        warnings.warn(f"{', '.join(idle)} {verb} no difference here", stacklevel=3)
+        warn(f"{', '.join(idle)} {verb} no difference here", stacklevel=3)

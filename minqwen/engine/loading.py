@@ -111,8 +111,9 @@ def check_ranks(wanted: int | None, mesh: Mesh) -> None:
     optional_integer("tensor_parallel_size", wanted, 1)
     if wanted not in (None, mesh.size):
         raise ConfigError(
-            f"tensor_parallel_size is {wanted}, but the model's mesh has {mesh.size}: make the "
-            f"mesh with Mesh.from_env(tensor_parallel_size={wanted}), under torchrun"
+            f"tensor_parallel_size is {wanted}, but the model's mesh has {mesh.size}: start the "
+            f"script with torchrun --nproc-per-node {wanted}, and make the mesh with "
+            f"Mesh.from_env(tensor_parallel_size={wanted})"
         )
 
 

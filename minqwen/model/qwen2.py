@@ -12,7 +12,6 @@ V vocabulary rows.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from minqwen.checks import did_you_mean
 from minqwen.config import ModelConfig
-from minqwen.errors import ConfigError, MinqwenError
+from minqwen.errors import ConfigError, MinqwenError, warn
 from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
 from minqwen.model.batch import Batch
 from minqwen.model.exact import Exact
@@ -406,7 +405,7 @@ class Qwen2(nn.Module):
         """Warn once of more tokens than the model was made for."""
         if length > self.config.context_length and not self._warned:
             self._warned = True
-            warnings.warn(context_warning(length, self.config), stacklevel=5)
+            warn(context_warning(length, self.config), stacklevel=5)
 
     def _logits(self, ids: Tensor, batch: Batch, cache: KVCache | None, tap: Tap) -> Tensor:
         cos, sin = self.rotary(batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from minqwen.checks import (
 )
 from minqwen.config import GenerationDefaults
 from minqwen.config.generation_config import LEAST_TEMPERATURE
-from minqwen.errors import SamplingError
+from minqwen.errors import SamplingError, warn
 from minqwen.files import quoted
 from minqwen.sampling.structured import StructuredOutputs
 
@@ -115,7 +114,7 @@ class SamplingParams:
             self._take_guided_decoding()
         if not self.spaces_between_special_tokens:
             why = "spaces_between_special_tokens makes no difference here: there are no spaces"
-            warnings.warn(why, stacklevel=3)
+            warn(why, stacklevel=3)
         self._check_together()
 
     def _take_guided_decoding(self) -> None:

@@ -88,6 +88,13 @@ def test_spaces_between_special_tokens_make_no_difference(llm):
         assert answer(llm, spaces_between_special_tokens=False) == answer(llm)
 
 
+def test_of_several_ranks_one_warns(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SamplingParams(spaces_between_special_tokens=False)
+
+
 def test_guided_decoding_is_structured_outputs_under_its_older_name(llm):
     spec = minqwen.GuidedDecodingParams(choice=["85", "86"])
     assert minqwen.StructuredOutputsParams is minqwen.GuidedDecodingParams is StructuredOutputs
