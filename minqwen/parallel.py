@@ -384,9 +384,10 @@ class Mesh:
 
     @contextlib.contextmanager
     def early_barrier(self) -> Iterator[None]:
-        """A barrier that this rank has reached already when it does what is within.
+        """A barrier at which this rank has arrived before it does what is within.
 
-        What is within waits for the others: so the watch notices a rank that never comes.
+        What is within waits for the other ranks. Meanwhile the watch counts how late they are, as
+        in any collective, and notices one that never comes.
         """
         if self._alone():
             yield
@@ -400,7 +401,7 @@ class Mesh:
     def post(self, name: str, data: bytes) -> None:
         """Leave bytes for whoever fetches them, without waiting. Only where there are replicas.
 
-        They lie in torchrun's store meanwhile. A name is used once.
+        They lie in torchrun's store until somebody fetches them. A name is used once.
         """
         post = self._post
         assert post is not None, "a post is kept where there are several replicas"

@@ -89,4 +89,10 @@ def test_the_commands_for_more_heads_prove_that_the_model_is_the_same(printed):
 
 def test_the_planner_says_what_fits(printed):
     assert "GB per GPU" in printed[3]
-    assert len(printed) == 4
+
+
+def test_two_ranks_share_one_copy_or_hold_two(printed):
+    *text, first, second = printed[4].splitlines()
+    assert text
+    assert [json.loads(line)["index"] for line in (first, second)] == [0, 1]
+    assert len(printed) == 5

@@ -114,9 +114,10 @@ OF_VLLM = (*IDLE, *ONLY)
 
 
 def without_vllm(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are minqwen's. Raises ConfigError for a value of vLLM's that changes more.
+    """The options that are minqwen's own.
 
-    Those of IDLE are left out unread.
+    Raises ConfigError for a value of ONLY's arguments that would change the result. The values of
+    IDLE's arguments are not looked at.
     """
     _check_values(options, ONLY, ConfigError)
     return {name: value for name, value in options.items() if name not in OF_VLLM}

@@ -46,7 +46,7 @@ class Outputs(Iterator[RequestOutput]):
         return next(self._outputs)
 
     def close(self) -> None:
-        """Drop what is unfinished. With several replicas only when all ranks do."""
+        """Drop what is unfinished. With several replicas all ranks must call this."""
         self._outputs.close()
         self._end()
 

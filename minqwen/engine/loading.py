@@ -1,4 +1,4 @@
-"""What an LLM is made of: a model that is loaded, or one that is loaded now, and its tokenizer."""
+"""What an LLM is made of: a model, which it loads or is given, and the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def check_degree_or_replicas(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def directory_name(model: object) -> str:
-    """The name of a model's directory. Raises ConfigError for what is neither that nor a Qwen2."""
+    """The last part of the path of a model's directory. Raises ConfigError for what is no path."""
     if isinstance(model, (str, os.PathLike)):
         return Path(model).resolve().name
     raise ConfigError(f"model is a {type(model).__name__}: expected a directory or a Qwen2")

@@ -53,7 +53,10 @@ class Relay:
         return found
 
     def wait(self, missing: int) -> Iterator[list[tuple[int, RequestOutput]]]:
-        """On all ranks, when their own replica has finished: rank 0 gets the `missing` outputs."""
+        """All ranks call this when their own replica has finished.
+
+        On rank 0 it yields the `missing` outputs of the other replicas, as they come.
+        """
         if not self.receives:
             self.mesh.world.barrier()
             return
