@@ -20,6 +20,14 @@ from minqwen import Qwen2, Tokenizer
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
 
+# Each takes about a minute, most of it to import torch in other processes.
+LONGEST = ("test_readme.py", "test_two_nodes.py", "test_watch.py", "test_replicas.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that none is still running alone when all else has ended."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def embedded() -> Path:

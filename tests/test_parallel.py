@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.forked import forked
 from support.torchrun import torchrun
 
 from minqwen.config import ModelConfig
@@ -223,10 +224,14 @@ mesh.close()
 """
 
 
-@pytest.mark.parametrize("size, omp_num_threads, threads", [(2, None, 3), (4, "1", 1)])
-def test_collectives_agree_on_every_rank_and_listen_on_loopback(size, omp_num_threads, threads):
+@pytest.mark.parametrize(
+    "start, size, omp_num_threads, threads", [(torchrun, 2, None, 3), (forked, 4, "1", 1)]
+)
+def test_collectives_agree_on_every_rank_and_listen_on_loopback(
+    start, size, omp_num_threads, threads
+):
     """Where the user chose no number of threads, torchrun sets 1 and says so; that is no choice."""
-    done = torchrun(size, COLLECTIVES, env={"OMP_NUM_THREADS": omp_num_threads})
+    done = start(size, COLLECTIVES, env={"OMP_NUM_THREADS": omp_num_threads})
     assert done.returncode == 0, done.stderr
     ranks = sorted(json.loads(line) for line in done.stdout.splitlines())
     assert [rank[0] for rank in ranks] == list(range(size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.nodes import INTERFACE, Nodes, two_nodes
 from support.paths import ROOT
-from support.tool import run_tool
+from support.tool import run_tool_here
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_two_nodes_give_the_tokens_of_one_process(nodes):
     nodes.start(ROOT / "tools" / "generate.py", args)
     first, second = nodes.ended(0), nodes.ended(1)
     assert first.code == second.code == 0, first.err + second.err
-    assert first.out == run_tool("generate.py", *args).out and not second.out
+    assert first.out == run_tool_here("generate.py", *args).out and not second.out
 
 
 def test_a_killed_node_ends_the_one_with_the_store(nodes):

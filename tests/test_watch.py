@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+from support.forked import forked
 from support.torchrun import torchrun
 
 # After 20 of `steps` sums rank `victim` prints its pid and does `deed`.
@@ -31,9 +34,20 @@ class Ending(NamedTuple):
     tracebacks: list[str]  # first lines of the ranks' tracebacks
 
 
-def run(size: int, victim: int, deed: str, steps: int = FOR_EVER, **env: str) -> Ending:
-    """How the run ends. That it ends at all, and leaves no process, is checked by torchrun()."""
-    done = torchrun(size, SUMS, [victim, deed, steps], dict(env))
+def run(
+    start: Callable[..., subprocess.CompletedProcess[str]],
+    size: int,
+    victim: int,
+    deed: str,
+    steps: int = FOR_EVER,
+    **env: str,
+) -> Ending:
+    """How the run ends. That it ends at all, and leaves no process, is checked by `start`.
+
+    start: torchrun where it sees that a rank has failed and ends the others, while they find out
+    who is to blame; forked where the ranks must end by themselves.
+    """
+    done = start(size, SUMS, [victim, deed, steps], dict(env))
     assert done.stdout, done.stderr
     lines = done.stderr.splitlines()
     return Ending(
@@ -45,14 +59,14 @@ def run(size: int, victim: int, deed: str, steps: int = FOR_EVER, **env: str) ->
 
 
 def test_a_killed_rank_ends_all():
-    end = run(3, 0, "os.kill(os.getpid(), signal.SIGKILL)")
+    end = run(torchrun, 3, 0, "os.kill(os.getpid(), signal.SIGKILL)")
     reason = "died (killed, crashed or out of memory)"
     assert end.errors == [f"error: rank 0 of 3 (pid {end.pid}) {reason}: all ranks stop"]
     assert end.code != 0 and not end.tracebacks
 
 
 def test_a_stopped_rank_ends_all_after_the_timeout():
-    end = run(3, 1, "os.kill(os.getpid(), signal.SIGSTOP)", MINQWEN_TIMEOUT="4")
+    end = run(forked, 3, 1, "os.kill(os.getpid(), signal.SIGSTOP)", MINQWEN_TIMEOUT="4")
     reason = "has been silent for 4 s (stopped, hung or cut off)"
     assert end.errors == [f"error: rank 1 of 3 (pid {end.pid}) {reason}: all ranks stop"]
     assert end.code != 0 and not end.tracebacks
@@ -70,12 +84,12 @@ waker.wait()
 
 
 def test_a_rank_that_is_stopped_for_less_than_the_timeout_is_waited_for():
-    end = run(2, 1, PAUSE, steps=40)
+    end = run(forked, 2, 1, PAUSE, steps=40)
     assert end.code == 0 and not end.errors and not end.tracebacks
 
 
 def test_a_rank_that_leaves_early_ends_all():
-    end = run(2, 1, "sys.exit(0)")
+    end = run(forked, 2, 1, "sys.exit(0)")
     reason = "left while it was still needed"
     assert end.errors == [f"error: rank 1 of 2 (pid {end.pid}) {reason}: all ranks stop"]
     assert end.code != 0 and not end.tracebacks
@@ -89,13 +103,13 @@ STOP = "all ranks stop"
 
 
 def test_a_rank_that_exits_with_a_status_ends_all():
-    end = run(3, 1, "sys.exit(3)")
+    end = run(torchrun, 3, 1, "sys.exit(3)")
     assert end.errors == [f"error: {name(1, 3, end)} left while it was still needed: {STOP}"]
     assert end.code != 0 and not end.tracebacks
 
 
 def test_a_rank_that_raises_says_so_once():
-    end = run(3, 2, "raise ValueError('no such token\\nsecond line')")
+    end = run(torchrun, 3, 2, "raise ValueError('no such token\\nsecond line')")
     said = f"error: {name(2, 3, end)} raised ValueError: no such token: {STOP}"
     assert end.errors == [said]
     assert end.code != 0 and {line[5] for line in end.tracebacks} == {"2"}
@@ -158,7 +172,7 @@ def test_a_mistake_that_cli_run_reports_is_one_line_whoever_makes_it(ranks):
     ids=["runs in a circle", "sleeps", "waits"],
 )
 def test_a_rank_that_lives_and_does_not_go_on_is_named_with_its_place(size, victim, deed, place):
-    end = run(size, victim, deed, MINQWEN_TIMEOUT="2")
+    end = run(forked, size, victim, deed, MINQWEN_TIMEOUT="2")
     [error] = end.errors
     reason = f"has not joined the others for 2 s (it is busy at {place}"
     assert error.startswith(f"error: {name(victim, size, end)} {reason}") and error.endswith(STOP)
@@ -181,10 +195,10 @@ os.write(1, b"done\\n")
 
 
 def test_a_rank_may_be_late_at_first_and_while_its_user_thinks():
-    done = torchrun(2, LATE, env={"MINQWEN_TIMEOUT": "1"})
+    done = forked(2, LATE, env={"MINQWEN_TIMEOUT": "1"})
     assert done.returncode == 0 and done.stdout == "done\ndone\n" and "error" not in done.stderr
 
 
 def test_ctrl_c_is_quiet():
-    end = run(2, 0, "os.kill(os.getppid(), signal.SIGINT)")
+    end = run(torchrun, 2, 0, "os.kill(os.getppid(), signal.SIGINT)")
     assert end.code != 0 and not end.errors and not end.tracebacks

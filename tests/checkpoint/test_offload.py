@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
+from support.forked import forked
 from support.paths import ROOT
-from support.torchrun import torchrun
 
 from minqwen import LLM, ModelConfig, Qwen2, SamplingParams
 from minqwen.errors import CheckpointError, ConfigError
@@ -153,7 +153,7 @@ def test_ranks_stream_their_own_slices(embedded):
         "--json",
     ]
     outputs = [
-        torchrun(2, ROOT / "tools" / "generate.py", [*flags, *more])
+        forked(2, ROOT / "tools" / "generate.py", [*flags, *more])
         for more in (["--offload", "disk"], [])
     ]
     texts = [json.loads(o.stdout)["token_ids"] for o in outputs]

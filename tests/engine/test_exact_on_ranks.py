@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from support.forked import forked
 from support.paths import EMBEDDED
-from support.torchrun import torchrun
 
 STORY = """
 import json, sys
@@ -33,7 +33,7 @@ if llm.mesh.rank == 0:
 def told(tmp_path, ranks, arithmetic):
     script = tmp_path / "story.py"
     script.write_text(STORY)
-    done = torchrun(ranks, script, [EMBEDDED, arithmetic])
+    done = forked(ranks, script, [EMBEDDED, arithmetic])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import torch
+from support.forked import forked
 from support.paths import EMBEDDED
-from support.torchrun import torchrun
 
 from minqwen import LLM, SamplingParams
 
@@ -58,7 +58,7 @@ sys.stdout.write(f"rank {mine}: {json.dumps(told)}\\n")  # at once: the other ra
 
 
 def test_a_change_on_one_rank_is_a_change_for_all():
-    run = torchrun(2, STORY, [EMBEDDED])
+    run = forked(2, STORY, [EMBEDDED])
     assert run.returncode == 0, run.stderr
     told = {
         line[:6]: json.loads(line[8:]) for line in run.stdout.splitlines() if line[:4] == "rank"

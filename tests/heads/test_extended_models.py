@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.forked import forked
 from support.heads import IDS, build, extended, random_model
 from support.paths import ROOT
-from support.tool import run_tool
-from support.torchrun import torchrun
+from support.tool import run_tool_here
 
 from minqwen import ModelConfig
 from minqwen.heads.convert import extend
@@ -82,7 +82,7 @@ def test_eight_ranks_say_what_one_says(embedded, tmp_path):
     extend(embedded, tmp_path / "wide", layout(ModelConfig.from_json(embedded), 32))
     flags = ["--prompt", "In the beginning", "--max-tokens", "8", "--temperature", "0"]
     flags += ["--dtype", "float32", "--no-stream"]
-    eight = torchrun(8, ROOT / "tools" / "generate.py", ["--model", tmp_path / "wide", *flags])
+    eight = forked(8, ROOT / "tools" / "generate.py", ["--model", tmp_path / "wide", *flags])
     assert eight.returncode == 0, eight.stderr
-    alone = run_tool("generate.py", *flags)
+    alone = run_tool_here("generate.py", *flags)
     assert eight.stdout == alone.out and alone.out.strip()

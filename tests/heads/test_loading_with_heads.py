@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import refusal
+from support.forked import forked
 from support.heads import random_model
 from support.paths import DATA, EMBEDDED, ROOT
 from support.quantised import AWQ, checkpoint
 from support.ranks import on_ranks
-from support.torchrun import torchrun
 
 from minqwen import LLM, ModelConfig, Qwen2, SamplingParams
 from minqwen.errors import HeadsError
@@ -57,7 +57,7 @@ def test_exact_logits_keep_every_bit_on_any_number_of_ranks(embedded, logits, si
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_fingerprint_is_the_same_on_processes_that_talk_to_each_other(size):
     flags = ["fingerprint", "--dtype", "float32", "--num-attention-heads", "32"]
-    done = torchrun(size, ROOT / "tools" / "golden.py", flags)
+    done = forked(size, ROOT / "tools" / "golden.py", flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[1] == FINGERPRINT
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.exact import STORAGE, alone, ragged_ids
+from support.forked import forked
 from support.paths import DATA, EMBEDDED, ROOT
-from support.torchrun import torchrun
 
 from minqwen import Qwen2
 from minqwen.lab.golden import digest, fingerprint, prompts
@@ -53,7 +53,7 @@ def test_tensor_parallel_degree(models, degree):
 
     The control is native float32: the ranks' partial sums are another order of the sum.
     """
-    result = torchrun(degree, RANKS.format(tests=str(ROOT / "tests")), timeout=300)
+    result = forked(degree, RANKS.format(tests=str(ROOT / "tests")), timeout=300)
     assert result.returncode == 0, result.stderr
     got = {}
     for line in result.stdout.splitlines():

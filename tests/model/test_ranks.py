@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.torchrun import torchrun
+from support.forked import forked
 
 from minqwen.config import ModelConfig
 from minqwen.model import Native
@@ -87,7 +87,7 @@ RANKS = {
 @pytest.mark.parametrize("size", RANKS)
 def test_ranks_agree_with_one_process(size):
     """Only the order of row-parallel sums differs. The vocabulary does not divide by the ranks."""
-    run = torchrun(
+    run = forked(
         size, RANK, [json.dumps({name: SMALL | changes for name, changes in RANKS[size].items()})]
     )
     assert run.returncode == 0, run.stderr[-2000:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.torchrun import torchrun
+from support.forked import forked
 from transformers import AutoModelForCausalLM
 
 from minqwen import LLM, SamplingParams
@@ -154,6 +154,6 @@ for name in ("layers.1.attn.k", "layers.1.mlp.act", "layers.0.attn.pattern", "la
     torch.testing.assert_close(*halved, rtol=1e-3, atol=1e-3)
 print("ok", mesh.rank)
 """
-    result = torchrun(2, code)
+    result = forked(2, code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ok") == 2

@@ -59,14 +59,14 @@ def test_prompts_from_standard_input_and_from_a_file(one_process, tmp_path):
     assert piped.out == one_process[0]["text"] + "\n" and "tokens/s" in piped.err
     file = tmp_path / "prompts.jsonl"
     file.write_text('"In the beginning"\n{"prompt": "And it came to pass"}\n')
-    both = run_tool("generate.py", "--prompt-file", file, *FLAGS)
+    both = run_tool_here("generate.py", "--prompt-file", file, *FLAGS)
     assert both.out == "".join(o["text"] + "\n" for o in one_process)
 
 
 def test_echo_shows_the_prompts_before_their_texts(one_process):
-    both = run_tool("generate.py", *TWO_PROMPTS, "--echo", *FLAGS)
+    both = run_tool_here("generate.py", *TWO_PROMPTS, "--echo", *FLAGS)
     assert both.out == "".join(o["prompt"] + o["text"] + "\n" for o in one_process)
-    one = run_tool("generate.py", PROMPTS[0], "--echo", *FLAGS)
+    one = run_tool_here("generate.py", PROMPTS[0], "--echo", *FLAGS)
     assert one.out == one_process[0]["prompt"] + one_process[0]["text"] + "\n"
 
 
@@ -167,11 +167,11 @@ def test_only_a_line_feed_ends_a_line_of_a_prompt_file(tmp_path, newline):
     file = tmp_path / "prompts.jsonl"
     lines = [json.dumps(prompt, ensure_ascii=False) + newline for prompt in prompts]
     file.write_bytes("".join(lines).encode("utf-8-sig"))
-    result = run_tool("generate.py", "--prompt-file", file, "--json", "--max-tokens", "1")
+    result = run_tool_here("generate.py", "--prompt-file", file, "--json", "--max-tokens", "1")
     assert [json.loads(line)["prompt"] for line in result.out.split("\n")[:-1]] == prompts
     text = tmp_path / "prompts.txt"
     text.write_bytes(newline.join(prompts).encode("utf-8-sig"))
-    result = run_tool("generate.py", "--prompt-file", text, "--json", "--max-tokens", "1")
+    result = run_tool_here("generate.py", "--prompt-file", text, "--json", "--max-tokens", "1")
     assert [json.loads(line)["prompt"] for line in result.out.split("\n")[:-1]] == prompts
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from support.forked import forked
 from support.paths import EMBEDDED, ROOT
 from support.tool import run_tool_here
-from support.torchrun import torchrun
 
 from minqwen.lab.golden import fingerprint
 
@@ -19,7 +19,7 @@ def test_the_fingerprint_of_the_embedded_model_is_the_one_in_the_readme():
 
 
 def test_rank_0_alone_prints_the_same_digest():
-    done = torchrun(2, ROOT / "tools/golden.py", ["fingerprint", "--dtype", "float32"])
+    done = forked(2, ROOT / "tools/golden.py", ["fingerprint", "--dtype", "float32"])
     assert done.returncode == 0, done.stderr
     assert done.stdout == run_tool_here("golden.py", "fingerprint", "--dtype", "float32").out
 

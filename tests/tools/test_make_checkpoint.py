@@ -106,9 +106,7 @@ def test_a_shape_that_cannot_be_is_refused_in_one_line(tmp_path):
         "--size", "7B", "--num-attention-heads", "27", tmp_path / "d"
     )
     assert "gone" in refused("--config", tmp_path / "gone", tmp_path / "d")
-    done = run_tool("make_checkpoint.py", "--size", "7B", "--num-key-value-heads", "3", tmp_path)
-    assert done.code == 2 and done.out == "" and len(done.err.splitlines()) == 1, done.err
-    assert done.err.startswith("error: ") and "num_key_value_heads" in done.err
+    assert "num_key_value_heads" in refused("--size", "7B", "--num-key-value-heads", "3", tmp_path)
 
 
 @pytest.mark.parametrize(

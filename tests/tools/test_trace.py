@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.forked import forked
 from support.paths import EMBEDDED, ROOT
 from support.tool import run_tool, run_tool_here
-from support.torchrun import torchrun
 
 from minqwen import Checkpoint
 from minqwen.model.trace import POINTS
@@ -115,7 +115,7 @@ def test_sizes_are_shown_in_the_order_of_the_model(truth):
 def test_two_ranks_save_whole_tensors_once(truth, tmp_path):
     out = tmp_path / "seen.safetensors"
     args = ["save", TEXT, out, "--names", *NAMES, "--dtype", "float32"]
-    result = torchrun(2, ROOT / "tools" / "trace.py", args)
+    result = forked(2, ROOT / "tools" / "trace.py", args)
     assert result.returncode == 0 and result.stdout == "", result.stderr
     saved = load_file(out)
     assert saved.keys() == truth.keys()
