@@ -11,7 +11,7 @@ from support.checkpoints import refusal
 from support.paths import EMBEDDED, ROOT
 
 from minqwen import Qwen2
-from minqwen.lab.tasks import Chapter, continued, repeated
+from minqwen.lab.tasks import Chapter, repeated
 
 TOOL = ROOT / "tools" / "train_embedded"
 VERSES = [
@@ -34,28 +34,41 @@ def parts():
             del sys.modules[name]
 
 
-def test_what_repeats_itself_in_greedy_text_counts_and_nothing_else(
+def test_where_greedy_text_would_repeat_itself_another_token_is_taught(
     parts, embedded_model, embedded_tokenizer
 ):
     train, data = parts("train.py"), parts("data.py")
     text = data["Text"](CHAPTERS, embedded_tokenizer, seed=3)
-    prompts = text.prompts(5, 12)
-    assert prompts.shape[0] == 12 and 6 <= prompts.shape[1] <= data["PROMPT_TOKENS"]
-    assert torch.equal(prompts, text.prompts(5, 12))
-    assert not torch.equal(prompts[:, :6], text.prompts(6, 12)[:, :6])
+    prompts = text.prompts(5, 6)
+    assert prompts.shape[0] == 6 and 6 <= prompts.shape[1] <= data["PROMPT_TOKENS"]
+    assert torch.equal(prompts, text.prompts(5, 6))
+    assert not torch.equal(prompts[:, :6], text.prompts(6, 6)[:, :6])
 
     examples = train["Writer"](embedded_model).examples(prompts)
-    rows = continued(embedded_model, prompts, train["REPEATS_TOKENS"]).tolist()
-    wanted = []
-    for row in rows:
-        again = repeated(row, train["REPEATS_GRAM"])
-        again[: prompts.shape[1]] = [False] * prompts.shape[1]
-        if any(again):
-            wanted.append((row[:-1], row[1:], again[1:]))
-    assert len(wanted) > 3
-    assert examples.inputs.tolist() == [inputs for inputs, _, _ in wanted]
-    assert examples.targets.tolist() == [targets for _, targets, _ in wanted]
-    assert (examples.kinds == data["REPEAT"]).tolist() == [again for _, _, again in wanted]
+    gram, length = train["REPEATS_GRAM"], prompts.shape[1]
+    wanted = [unrepeated(embedded_model, row, train["REPEATS_TOKENS"], gram) for row in prompts]
+    wanted = [(ids, changed) for ids, changed in wanted if any(changed)]
+    assert len(wanted) > 2
+    assert examples.inputs.tolist() == [ids[:-1] for ids, _ in wanted]
+    assert examples.targets.tolist() == [ids[1:] for ids, _ in wanted]
+    counts = (examples.kinds == data["REPEAT"]).tolist()
+    assert [row[length - 1 :] for row in counts] == [changed for _, changed in wanted]
+    assert not any(any(row[: length - 1]) for row in counts)
+    for ids, _ in wanted:
+        assert not any(repeated(ids, gram)[length:])
+
+
+def unrepeated(
+    model: Qwen2, prompt: torch.Tensor, count: int, gram: int
+) -> tuple[list[int], list[bool]]:
+    """Greedy text in which no `gram` tokens come twice, and where it is not the likeliest."""
+    ids, changed = prompt.tolist(), []
+    for _ in range(count):
+        ranked = model(torch.tensor([ids]))[0, -1].argsort(descending=True).tolist()
+        new = next(i for i in ranked if not repeated([*ids, i], gram)[-1])
+        ids.append(new)
+        changed.append(new != ranked[0])
+    return ids, changed
 
 
 def test_the_chats_of_a_training_that_goes_on_are_long_from_the_start(parts, embedded_tokenizer):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from minqwen import LLM, Batch, ModelConfig, Qwen2, SamplingParams, Tokenizer
 from minqwen.errors import MinqwenError
-from minqwen.lab.tasks import Chapter, heldout_loss, repeated
+from minqwen.lab.tasks import Chapter, heldout_loss
 from minqwen.model.arithmetic import Linear, Native
 from minqwen.model.trace import Tap
 from minqwen.parallel import Mesh
@@ -36,6 +36,7 @@ LOG_EVERY = 20  # steps
 REPEATS_EVERY = 8  # steps between two sets of generated rows
 REPEATS_MADE = 64  # rows of a set
 REPEATS_ROWS = 16  # of those that repeat something, so many are in a step
+NEVER = -1e4  # the logit of a token that is not to come (the engine refuses infinity)
 REPEATS_TOKENS = 64  # of a generated row
 REPEATS_GRAM = 5  # that many tokens must not come twice; the measure looks at one more
 
@@ -211,9 +212,6 @@ def part_means(part: Part, counts: Tensor) -> Tensor:
     with half_precision(device):
         logits = model(ids.flatten(), batch)
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    # A repeat is to become unlikely: -log(1 - p) in the place of -log(p) (arXiv:1908.04319).
-    unlikely = -torch.log1p(-torch.exp(-losses).clamp(max=1 - 1e-6))
-    losses = torch.where(kinds == REPEAT, unlikely, losses)
     return losses.new_zeros(len(KINDS)).index_add(0, kinds, losses) / counts
 
 
@@ -229,8 +227,31 @@ def half_precision(device: torch.device) -> torch.autocast:
 # ---- repetition ---------------------------------------------------------------------------------
 
 
+class Unrepeated:
+    """Greedy decoding of a row in which no REPEATS_GRAM tokens come twice, as a hook of logits."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.changed = list(ids), [False] * len(ids)
+        self.following: dict[tuple[int, ...], set[int]] = {}
+        for end in range(REPEATS_GRAM, len(ids) + 1):
+            self._note(self.ids[end - REPEATS_GRAM : end])
+
+    def __call__(self, x: Tensor, name: str) -> Tensor:
+        """x [1, T, V]: the last row is that of the next token."""
+        row = x[0, -1].clone()
+        first = int(row.argmax())
+        row[list(self.following.get(tuple(self.ids[1 - REPEATS_GRAM :]), ()))] = NEVER
+        self.ids.append(int(row.argmax()))
+        self.changed.append(self.ids[-1] != first)
+        self._note(self.ids[-REPEATS_GRAM:])
+        return torch.cat([x[:, :-1], row[None, None]], 1)
+
+    def _note(self, gram: list[int]) -> None:
+        self.following.setdefault(tuple(gram[:-1]), set()).add(gram[-1])
+
+
 class Writer:
-    """Greedy text of the model as it is now, to see what it repeats."""
+    """Greedy text of the model as it is now, and what it should say where it repeats itself."""
 
     def __init__(self, model: Qwen2) -> None:
         native = shared(model, Native())
@@ -239,20 +260,24 @@ class Writer:
         self.params = SamplingParams(temperature=0, max_tokens=REPEATS_TOKENS, ignore_eos=True)
 
     def examples(self, prompts: Tensor) -> Examples | None:
-        """Of the texts after `prompts` those that repeat something; None if none does.
+        """Text after `prompts` in which nothing is repeated; None where nothing would have been.
 
-        Of them, the tokens that repeat what came before count.
+        The tokens count that are others than the likeliest, because that one would have repeated
+        what came before.
         """
+        rows = [Unrepeated(ids) for ids in prompts.tolist()]
         with half_precision(self.engine.model.device):
-            outputs = self.engine.generate(prompts.tolist(), self.params, use_tqdm=False)
-        ids = torch.tensor([[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs])
-        again = torch.tensor([repeated(row, REPEATS_GRAM) for row in ids.tolist()])
-        again[:, : prompts.shape[1]] = False
-        rows = again.any(1)
-        if not rows.any():
+            for row in rows:
+                self.engine.add_request(row.ids, self.params, hooks=[("logits", row)])
+            while self.engine.has_unfinished_requests:
+                self.engine.step()
+        rows = [row for row in rows if any(row.changed)]
+        if not rows:
             return None
-        kinds = torch.where(again[rows], REPEAT, NOTHING)
-        return Examples.of(ids[rows], kinds)
+        changed = torch.tensor([row.changed for row in rows])
+        return Examples.of(
+            torch.tensor([row.ids for row in rows]), torch.where(changed, REPEAT, NOTHING)
+        )
 
 
 # ---- the run ------------------------------------------------------------------------------------
