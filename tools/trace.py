@@ -6,9 +6,12 @@ python tools/trace.py show "In the beginning" --names "*.attn.z" "final_norm"
 python tools/trace.py show "What is 47 + 38?" --chat
 python tools/trace.py save "In the beginning" OUT.safetensors --names "*.resid_post"
 python tools/trace.py save OUT.safetensors --ids 5,300,17 --names "*"
+python tools/trace.py faults                  every mistake that --fault can put into the model
+python tools/trace.py show "In the beginning" --fault rope-interleaved
 
 A saved file says in its metadata what it is of: ids, text, dtype, arithmetic, model, and the
-SHA-256 of config.json and of each weight file; and the numbers of heads, if the command named any.
+SHA-256 of config.json and of each weight file; the numbers of heads and the mistake, if the command
+named any.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +42,8 @@ from minqwen.cli import (
     run,
 )
 from minqwen.errors import MinqwenError, is_first_rank
+from minqwen.lab.faults import FAULTS, Fault, find
+from minqwen.lab.faults.load import load_mistaken
 from minqwen.model.trace import POINTS, Point, select
 
 
@@ -61,6 +67,14 @@ def row_of(point: Point, dtype: str) -> tuple[str, ...]:
     return name, f"[{point.shape}]", dtype, point.axis or "-", alias, point.what
 
 
+def print_faults(args: argparse.Namespace) -> None:
+    """Each mistake in two lines."""
+    for fault in FAULTS.values():
+        needs = f"; needs {fault.needs.what}" if fault.needs else ""
+        print(f"{fault.name}  ({fault.kind}, first at {fault.first or 'no point'}{needs})")
+        print(f"    {fault.symptom} Source: {fault.source}.")
+
+
 @dataclass
 class Traced:
     """What passed the points, {name: tensor}, and of what."""
@@ -75,9 +89,10 @@ def compute(args: argparse.Namespace) -> Traced:
     """The input's intermediates, on every rank."""
     mesh = Mesh.from_env(args.device)
     config = ModelConfig.from_json(args.model)
-    ids, text = read_input(args, config)
+    fault = chosen_fault(args, config)
+    ids, text = read_input(args, config, fault)
     select(args.names, config.num_hidden_layers)  # or raise TraceError
-    model = Qwen2.from_pretrained(args.model, mesh=mesh, **model_options(args))
+    model = load_model(args, mesh, fault)
     with torch.inference_mode():
         prompt = torch.tensor([ids], device=model.device)
         _, seen = model.run_with_cache(prompt, args.names, to="cpu")
@@ -85,7 +100,36 @@ def compute(args: argparse.Namespace) -> Traced:
     return Traced(first, ids, text, dtype_name("the model's dtype", model.dtype))
 
 
-def read_input(args: argparse.Namespace, config: ModelConfig) -> tuple[list[int], str | None]:
+def chosen_fault(args: argparse.Namespace, config: ModelConfig) -> Fault | None:
+    """The mistake that the command asks for, told on stderr; MinqwenError if there is none such."""
+    if args.fault is None:
+        return None
+    fault = find(args.fault)
+    if fault.report is not None:
+        raise MinqwenError(
+            f"--fault {fault.name} is in what is reported of the logits: no trace shows it"
+        )
+    if fault.encode is not None and not args.chat:
+        raise MinqwenError(f"--fault {fault.name} is in the tokens of a chat: add --chat")
+    fault.check(config)
+    if is_first_rank():
+        print(f"mistake in the {place(fault)}: {fault.name}. {fault.symptom}", file=sys.stderr)
+    return fault
+
+
+def place(fault: Fault) -> str:
+    return "model" if fault.in_model else "tokens"
+
+
+def load_model(args: argparse.Namespace, mesh: Mesh, fault: Fault | None) -> Qwen2:
+    if fault is None or not fault.in_model:
+        return Qwen2.from_pretrained(args.model, mesh=mesh, **model_options(args))
+    return load_mistaken(fault, args.model, mesh=mesh, **model_options(args))
+
+
+def read_input(
+    args: argparse.Namespace, config: ModelConfig, fault: Fault | None
+) -> tuple[list[int], str | None]:
     """The ids to look at, and their text if it was given."""
     if args.ids is not None:
         wrong = [id for id in args.ids if not 0 <= id < config.vocab_size]
@@ -93,8 +137,12 @@ def read_input(args: argparse.Namespace, config: ModelConfig) -> tuple[list[int]
             raise MinqwenError(f"--ids has {wrong[0]}, expected 0 to {config.vocab_size - 1}")
         return args.ids, None
     tokenizer, text = Tokenizer.from_dir(args.model), args.text
+    chat = [{"role": "user", "content": text}]
+    if fault is not None and fault.encode is not None:
+        ids = fault.ids(tokenizer, chat)
+        return ids, tokenizer.decode(ids)
     if args.chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        text = tokenizer.apply_chat_template(chat)
     ids = tokenizer.encode(text, add_special_tokens=not args.chat)
     if not ids:
         raise MinqwenError("the text has no tokens: give at least one")
@@ -131,6 +179,8 @@ def metadata(traced: Traced, args: argparse.Namespace) -> dict[str, str]:
     given = {} if traced.text is None else {"text": traced.text}
     if args.num_attention_heads is not None or args.num_key_value_heads is not None:
         given["heads"] = json.dumps(heads_options(args))
+    if args.fault is not None:
+        given["fault"] = args.fault
     return given | {
         "format": "pt",
         "ids": json.dumps(traced.ids),
@@ -163,6 +213,7 @@ def integers(text: str) -> list[int]:
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser.add_command("points", help="print the table of points"))
+    parser.add_command("faults", help="print the catalogue of mistakes")
     for name, what in (
         ("show", "print size and spread of intermediates"),
         ("save", "write intermediates to a safetensors file"),
@@ -182,9 +233,14 @@ def parse() -> argparse.Namespace:
         command.add_argument(
             "--ids", type=integers, metavar="ID,ID,...", help="token ids in place of the text"
         )
+        command.add_argument(
+            "--fault",
+            metavar="NAME",
+            help="a mistake to put into the model, from the catalogue: trace.py faults",
+        )
         model_flags(command)
     args: argparse.Namespace = parser.parse_args()
-    if args.command != "points":
+    if args.command in ("show", "save"):
         check_input(parser, args)
     return args
 
@@ -201,7 +257,8 @@ def check_input(parser: Parser, args: argparse.Namespace) -> None:
 
 def main() -> int:
     args = parse()
-    {"points": print_points, "show": show, "save": save}[args.command](args)
+    commands = {"points": print_points, "faults": print_faults, "show": show, "save": save}
+    commands[args.command](args)
     return 0
 
 

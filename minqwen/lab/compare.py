@@ -19,7 +19,7 @@ be a bad guess: on a CPU with AVX-512 float32 products are more exact than that,
 come out at up to 3.4 units.
 
 Units measured on the embedded model, with ten right recipes of head extension, the six wrong ones
-of lab/faults.py that run, and six texts of 8 to 128 tokens:
+of lab/faults/extension.py that run, and six texts of 8 to 128 tokens:
 
     dtype      right recipes   wrong recipes
     float64    0.27 to 0.83    6.4e12 and more

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from minqwen.config import ModelConfig
-from minqwen.errors import CheckpointError, MinqwenError
+from minqwen.errors import MinqwenError
 from minqwen.heads.layout import RECIPES, Layout, extended_config, layout
 from minqwen.heads.tensors import extend_tensor
-from minqwen.lab.faults import HEAD_FAULTS, Variant, Weights
+from minqwen.lab.faults import HEAD_FAULTS, Variant, Weights, build
 from minqwen.lab.verify import LayerMap, Report, compare_models, inspect_layers, problems
 from minqwen.model import Qwen2
-from minqwen.parallel import Shard
 
 KINDS = (  # (dtype, arithmetic) in which every recipe is tried
     (torch.float32, "native"),
@@ -104,21 +103,3 @@ class _Trials:
             compare_models(a, b, self.truth, self.ids, maps, 0 if i else GREEDY_TOKENS)
             for i, (a, b) in enumerate(zip(self.originals, models))
         ]
-
-
-def build(
-    config: ModelConfig, weights: Weights, dtype: torch.dtype, arithmetic: str = "native"
-) -> Qwen2:
-    """A model of tensors by name. Raises CheckpointError for a shape that does not fit `config`."""
-    shapes = config.parameter_shapes()
-
-    def read(name: str, shard: Shard | None) -> Tensor:
-        tensor = weights[name]
-        if tuple(tensor.shape) != tuple(shapes[name]):
-            raise CheckpointError(
-                f"{name.removeprefix('model.')} has shape {list(tensor.shape)}, its config says "
-                f"{list(shapes[name])}"
-            )
-        return tensor
-
-    return Qwen2.from_tensors(config, read, dtype=dtype, arithmetic=arithmetic)
