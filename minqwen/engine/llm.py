@@ -192,9 +192,9 @@ class LLM:
         A prompt is text, token ids, or vLLM's {"prompt": ...} or {"prompt_token_ids": ...}. others:
         vLLM's keywords, refused or without effect as `engine.arguments.OF_CALLS` says.
         trace: names of points, as in `Qwen2.run_with_cache`, to have in each completion's `trace`
-        ("*" is all of them). hooks: (names, fn) pairs as in `Qwen2.run_with_hooks`: in every step
-        `fn(x, name)` sees each completion's own rows, x [1, T, ...] of the T tokens that are new in
-        the step (a prompt, a part of it, or one token), scores and pattern [1, H, T, L]. What it
+        ("*" is all but attn.result). hooks: (names, fn) pairs as in `Qwen2.run_with_hooks`: in each
+        step `fn(x, name)` sees a completion's own rows, x [1, T, ...] of the T tokens that are new
+        in the step (a prompt, a part of it, or one token), scores and pattern [1, H, T, L]. What it
         returns, or writes into x, goes on. Logits and final_norm come only where they are used.
         Nothing of hooked requests enters or leaves the prefix cache, and others do not see the
         hooks. Requests that were added before go on meanwhile; the next `step`

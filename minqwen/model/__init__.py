@@ -2,8 +2,8 @@
 
 Read qwen2.py, the forward pass. rope.py, attention.py and arithmetic.py are the parts it is made
 of; exact.py is the other arithmetic. batch.py says which tokens a step has, kv_cache.py keeps keys
-and values, trace.py names the intermediates, memory.py counts bytes, changes.py notices that the
-model was changed, inputs.py refuses what cannot be computed.
+and values, trace.py names the intermediates, activations.py keeps them, memory.py counts bytes,
+changes.py notices that the model was changed, inputs.py refuses what cannot be computed.
 """
 
 from minqwen.model.arithmetic import Native

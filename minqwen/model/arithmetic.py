@@ -136,6 +136,27 @@ class Native:
         y = mesh.all_reduce(y, dtype=torch.promote_types(y.dtype, torch.float32))
         return y if linear.bias is None else y + linear.bias
 
+    def head_results(self, z: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
+        """What each head adds to o_proj's output: z W^T over the columns of that head, no bias.
+
+        z [T, H, d] -> [T, H, D], each rank its own heads. Every share is rounded, so their sum is
+        o_proj's output to rounding.
+        """
+        return torch.einsum("thd,ehd->the", z, linear.weight.unflatten(1, z.shape[1:]))
+
+    def sum_of_heads(self, results: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
+        """o_proj's output from all ranks' `head_results`, which may have been replaced.
+
+        [T, H / size, D] -> [T, D], in float32 at least. The heads are added in their order, so the
+        number of ranks changes no bit.
+        """
+        shares = mesh.all_gather(results, dim=1)
+        shares = shares.to(torch.promote_types(shares.dtype, torch.float32))
+        total = torch.zeros_like(shares[:, 0])
+        for share in shares.unbind(1):
+            total = total + share
+        return total if linear.bias is None else total + linear.bias
+
     def project(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
         """Several linear layers of one input: q, k and v, or gate and up.
 

@@ -358,22 +358,23 @@ class Exact(Native):
 
     def row_parallel_linear(self, x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
         """Exact partial sums, their exact sum over ranks, + bias in float64, one rounding."""
-        weight, written = linear.prepared or (None, 0)
-        if weight is not linear.weight or written != version(linear.weight):
-            raise MinqwenError(
-                "weights changed since they were prepared for exact arithmetic: "
-                "call model.prepare()"
-            )
-        if linear.live is not None:
-            # What meets only zeros must not move the grid either: the inputs of padded heads.
-            # Only row-parallel layers have this. There every rank holds all rows of its columns.
-            # In the others a column may be zero in the rows of one rank and not of another.
-            x = x.where(linear.live, 0.0)
         y = mesh.all_reduce(product(snapped_input(x, linear, mesh), linear.weight))
         if linear.bias is None:
             # A sum of nothing but -0 depends on the kernel; -0 + 0 = 0.
             return y.to(x.dtype).add_(0.0)
         return y.add_(linear.bias).to(x.dtype)
+
+    def head_results(self, z: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
+        """As Native's, but float64 and not rounded: the exact terms of o_proj's exact sum.
+
+        So their sum in any order, plus the bias, rounded once to the model's dtype, is o_proj's
+        output in every bit.
+        """
+        heads, d = z.shape[1:]
+        x = snapped_input(z.flatten(-2), linear, mesh).split(d, -1)
+        columns = linear.weight.split(d, -1)
+        shares = [product(x[h], columns[h]) for h in range(heads)]
+        return torch.stack(shares, 1).add_(0.0)  # no -0
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = widened(x)
@@ -507,8 +508,19 @@ def snapped_input(x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
     """x [T, in] snapped below its rows' norms, in float64.
 
     If the columns have a scale, the grid is that of x / scale. There the weight's columns times
-    scale have theirs, so the products of the two are the same as without it.
+    scale have theirs, so the products of the two are the same as without it. Raises MinqwenError
+    if the weight is not the one that was prepared.
     """
+    weight, written = linear.prepared or (None, 0)
+    if weight is not linear.weight or written != version(linear.weight):
+        raise MinqwenError(
+            "weights changed since they were prepared for exact arithmetic: call model.prepare()"
+        )
+    if linear.live is not None:
+        # What meets only zeros must not move the grid either: the inputs of padded heads.
+        # Only row-parallel layers have this. There every rank holds all rows of its columns.
+        # In the others a column may be zero in the rows of one rank and not of another.
+        x = x.where(linear.live, 0.0)
     bits = X_BITS_BFLOAT16 if linear.narrow else X_BITS
     if linear.scale is None:
         return snap_below_norm(x, bits, mesh)

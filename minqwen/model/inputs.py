@@ -10,8 +10,8 @@ from minqwen.errors import MinqwenError
 from minqwen.model.batch import Batch
 
 NO_PADDING = (
-    "there is no padding here: run every sequence alone, or give them all to LLM.generate, which "
-    "packs sequences of any lengths"
+    "there is no padding here: run every sequence alone, or give a list of all to run_with_cache "
+    "or LLM.generate, which pack sequences of any lengths"
 )
 
 

@@ -12,7 +12,7 @@ V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,14 @@ from torch import Tensor, nn
 from minqwen.checks import did_you_mean
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError, MinqwenError, warn
+from minqwen.model.activations import run_with_cache
 from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
 from minqwen.model.batch import Batch
 from minqwen.model.exact import Exact
 from minqwen.model.inputs import check_batch, check_ids, check_mask, context_warning
 from minqwen.model.kv_cache import KVCache
 from minqwen.model.rope import table_length
-from minqwen.model.trace import (
-    UNTRACED,
-    Hook,
-    Names,
-    Seen,
-    Tap,
-    run_with_cache,
-    run_with_hooks,
-)
+from minqwen.model.trace import UNTRACED, Tap, run_with_hooks
 from minqwen.parallel import SINGLE, Mesh, Shard, kv_heads_per_rank, shard, vocab_rows_per_rank
 
 ARITHMETICS: dict[str, type[Native]] = {"native": Native, "exact": Exact}
@@ -85,15 +78,20 @@ class Embedding(nn.Module):
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.mesh.size == 1:
-            return F.embedding(ids, self.weight)
-        mine = (ids >= self.rows.start) & (ids < self.rows.stop)
-        if len(self.rows):
-            x = F.embedding((ids - self.rows.start).where(mine, 0), self.weight)
-        else:  # a small vocabulary on many ranks may leave the last ones without a row
-            x = self.weight.new_zeros(*ids.shape, self.weight.shape[1])
-        # One term of the sum is not zero, so nothing rounds.
-        return self.mesh.all_reduce(x.masked_fill(~mine[..., None], 0))
+        return look_up(ids, self.weight, self.rows, self.mesh)
+
+
+def look_up(ids: Tensor, weight: Tensor, rows: range, mesh: Mesh) -> Tensor:
+    """The table's rows [..., D] of `ids`. weight: the table's `rows`, which this rank holds."""
+    if mesh.size == 1:
+        return F.embedding(ids, weight)
+    mine = (ids >= rows.start) & (ids < rows.stop)
+    if len(rows):
+        x = F.embedding((ids - rows.start).where(mine, 0), weight)
+    else:  # a small vocabulary on many ranks may leave the last ones without a row
+        x = weight.new_zeros(*ids.shape, weight.shape[1])
+    # One term of the sum is not zero, so nothing rounds.
+    return mesh.all_reduce(x.masked_fill(~mine[..., None], 0))
 
 
 class Attention(nn.Module):
@@ -134,7 +132,15 @@ class Attention(nn.Module):
             z = self.ops.attend_paged(q, k, v, batch, scale, tap, cache, self.layer)
         z = tap("attn.z", z)  # [T, H, d]
         out: Tensor = self.o_proj(z.flatten(-2))  # [T, D]
-        return out
+        return self.shown_by_head(z, out, tap) if tap.sees("attn.result") else out
+
+    def shown_by_head(self, z: Tensor, out: Tensor, tap: Tap) -> Tensor:
+        """Show each head's share of `out`; `out`, or the sum of what takes the shares' place."""
+        results = self.ops.head_results(z, self.o_proj, self.o_proj.mesh)
+        shown = tap("attn.result", results)  # [T, H, D]
+        if shown is results:
+            return out
+        return self.ops.sum_of_heads(shown, self.o_proj, self.o_proj.mesh).to(out.dtype)
 
 
 class MLP(nn.Module):
@@ -346,22 +352,9 @@ class Qwen2(nn.Module):
         here = table.dtype == self.dtype and table.device == self.device
         return here and len(table) >= length
 
-    def run_with_cache(
-        self,
-        ids: Tensor,
-        names: Names = None,
-        to: torch.device | str | None = None,
-        per_query_head: bool = False,
-        gather: bool = True,
-    ) -> tuple[Tensor, Seen[Tensor]]:
-        """(logits, {name: tensor}) of what passed the points: trace.py says which there are."""
-        return run_with_cache(self, ids, names, to, per_query_head, gather)
-
-    def run_with_hooks(
-        self, ids: Tensor, fwd_hooks: Sequence[tuple[Names, Hook]], gather: bool = True
-    ) -> Tensor:
-        """Logits, with functions called at points, which may replace what passes: trace.py."""
-        return run_with_hooks(self, ids, fwd_hooks, gather)
+    # Every intermediate by name, to keep or to replace. trace.py has the names.
+    run_with_cache = run_with_cache
+    run_with_hooks = run_with_hooks
 
     def forward(
         self,
@@ -414,6 +407,10 @@ class Qwen2(nn.Module):
             x = layer(x, cos, sin, batch, cache, tap.at(i))
         if batch.logits_at is not None:
             x = x[batch.logits_at]  # [N, D]
+        return self.unembed(x, tap)
+
+    def unembed(self, x: Tensor, tap: Tap = UNTRACED) -> Tensor:
+        """Logits [N, V] of a residual stream [N, D]: the final norm, then the head."""
         x = tap("final_norm", self.model.norm(x, tap, "final_norm.normalized"))
         logits: Tensor = self.lm_head(x)  # [N, V / size]
         if self.mesh.size > 1:
@@ -421,3 +418,12 @@ class Qwen2(nn.Module):
             logits = self.mesh.all_gather(F.pad(logits, (0, rows - logits.shape[-1])), dim=-1)
             logits = logits[..., : self.config.vocab_size]
         return tap("logits", logits)
+
+    def logit_directions(self, ids: Tensor) -> Tensor:
+        """What a residual stream meets on its way to these tokens' logits, [N, D] in float64.
+
+        The logit is the product with it, divided by the root of the stream's mean square + eps: the
+        head's rows times the final norm's weight.
+        """
+        rows = look_up(ids, self.lm_head.weight, self.model.embed_tokens.rows, self.mesh)
+        return rows.double() * self.model.norm.weight.double()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
-import torch
 from torch import Tensor
 
 from minqwen.checks import did_you_mean
@@ -29,7 +28,8 @@ class Point:
 
     name: within its layer if `layered`. shape: in the legend's letters, for one sequence of T new
     tokens with L tokens of context. axis: what tensor parallelism splits there ("heads",
-    "kv heads" or "channels"), or None.
+    "kv heads" or "channels"), or None. costly: computed only to be shown, and H times as large as
+    the residual stream, so that "*" does not mean it: see `select`.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Point:
     what: str
     axis: str | None = None
     layered: bool = True
+    costly: bool = False
 
 
 POINTS = [
@@ -53,6 +54,14 @@ POINTS = [
     Point("attn.scores", "H T L", "attn.hook_attn_scores", "scaled; -inf where hidden", "heads"),
     Point("attn.pattern", "H T L", "attn.hook_pattern", "softmax of the scores", "heads"),
     Point("attn.z", "T H d", "attn.hook_z", "each head's weighted values", "heads"),
+    Point(
+        "attn.result",
+        "T H D",
+        "attn.hook_result",
+        "each head's share of attn.out; only where its name is asked for",
+        "heads",
+        costly=True,
+    ),
     Point("attn.out", "T D", "hook_attn_out", "o_proj's output"),
     Point("resid_mid", "T D", "hook_resid_mid", "residual stream after attention"),
     Point("norm2.normalized", "T D", "ln2.hook_normalized", "norm2 before its weight"),
@@ -110,11 +119,26 @@ class Traceable(Protocol):
 # ---- names --------------------------------------------------------------------------------------
 
 
-def point_names(num_layers: int) -> list[str]:
+def every_name(num_layers: int) -> list[str]:
     """Every name of a model with so many layers, in the order of computation."""
     before, *after = [p.name for p in POINTS if not p.layered]
     layered = [p.name for p in POINTS if p.layered]
     return [before, *(f"layers.{i}.{name}" for i in range(num_layers) for name in layered), *after]
+
+
+def point_names(num_layers: int) -> list[str]:
+    """The names that "*" means: all but those of costly points."""
+    return [name for name in every_name(num_layers) if not point_of(name).costly]
+
+
+def hidden_state_names(num_layers: int) -> list[str]:
+    """Where transformers' `output_hidden_states` are: num_layers + 1 names, in its order.
+
+    hidden_states[0] is the embedding and hidden_states[i] is layer i - 1's output, but the last
+    one is that of the final norm: the last layer's own output is not among them.
+    """
+    outputs = [f"layers.{i}.resid_post" for i in range(num_layers - 1)]
+    return ["embed", *outputs, "final_norm"]
 
 
 def point_of(name: str) -> Point:
@@ -139,14 +163,16 @@ def canonical(name: str) -> str:
 
 
 def select(names: Names, num_layers: int) -> set[str]:
-    """The points that `names` means: a name or pattern, a list of them, a predicate; None is all.
+    """The points that `names` means: a name or pattern, a list of them, a predicate; None is "*".
 
-    A predicate is asked about both spellings of each name, ours and TransformerLens's; one yes is
-    enough. Raises TraceError if a name, a pattern, a predicate or the whole list means nothing.
+    A pattern means a costly point only if it ends in that point's last word: "*.attn.result" does,
+    "*" and "layers.0.*" do not. A predicate is asked about costly points too, and about both
+    spellings of each name, ours and TransformerLens's; one yes is enough. Raises TraceError if a
+    name, a pattern, a predicate or the whole list means nothing.
     """
-    every = point_names(num_layers)
+    every = every_name(num_layers)
     if names is None:
-        return set(every)
+        return set(point_names(num_layers))
     if callable(names):
         return _chosen_by(names, every, num_layers)
     chosen: set[str] = set()
@@ -192,6 +218,9 @@ def _chosen_by(predicate: Callable[[str], bool], every: list[str], num_layers: i
 
 
 def _matches(name: str, pattern: str) -> bool:
+    point = point_of(name)
+    if point.costly and not pattern.endswith(point.name.rpartition(".")[2]):
+        return False
     return fnmatchcase(name, pattern) or fnmatchcase(alias_of(name) or "", pattern)
 
 
@@ -381,46 +410,14 @@ def _described(value: object) -> str:
     return repr(value)
 
 
-def run_with_cache(
-    model: Traceable,
-    ids: Tensor,
-    names: Names = None,
-    to: torch.device | str | None = None,
-    per_query_head: bool = False,
-    gather: bool = True,
-) -> tuple[Tensor, Seen[Tensor]]:
-    """model(ids) and what passed the points: (logits [B, T, V], {canonical name: tensor}).
-
-    Tensors are [B, T, ...], scores and pattern [B, H, T, T]; each is contiguous and has memory of
-    its own, as safetensors' `save_file` wants it. to: the device to keep them on. per_query_head:
-    keys and values as [B, T, H, d], each KV head once for every query head that reads it.
-    Raises TraceError for a name that matches nothing.
-    """
-    seen: Seen[Tensor] = Seen()
-    memory: set[int] = set()  # where the tensors lie
-
-    def keep(name: str, x: Tensor, rows: Rows | None) -> None:
-        point = point_of(name)
-        x = batched(x, point, ids)
-        if per_query_head and point.axis == "kv heads":
-            G = model.config.group_size
-            x = x.unsqueeze(-2).expand(*x.shape[:-1], G, x.shape[-1]).flatten(-3, -2)
-        x = (x.detach() if to is None else x.detach().to(to)).contiguous()
-        if x.untyped_storage().data_ptr() in memory:
-            x = x.clone()  # one layer's resid_post is the next one's resid_pre
-        memory.add(x.untyped_storage().data_ptr())
-        seen[name] = x
-
-    tap = TracingTap(model, select(names, model.config.num_hidden_layers), keep, gather)
-    return model(ids, tap=tap), seen
-
-
 def run_with_hooks(
     model: Traceable, ids: Tensor, fwd_hooks: Sequence[tuple[Names, Hook]], gather: bool = True
 ) -> Tensor:
     """model(ids) with `fn(tensor, name)` called at the points that each (names, fn) means.
 
-    What fn returns, if not None, takes the tensor's place. Shapes as in `run_with_cache`. With
+    What fn returns, if not None, takes the tensor's place. Shapes as in `run_with_cache`. attn.out
+    is the sum of what takes the place of attn.result, in the order of the heads; so it is with
+    gradients too, and may then differ in its last bits. With
     gradients, `tensor.retain_grad()` in fn keeps the point's gradient. Returns logits [B, T, V].
     Raises TraceError for a name that matches nothing and for a return value that does not fit.
     """
