@@ -59,6 +59,8 @@ def test_ctrl_c_leaves_all_that_is_finished_written(tmp_path, launcher):
         text=True,
         env=environment(mark, {}),
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         lines = [process.stdout.readline()]  # the run is on its way
