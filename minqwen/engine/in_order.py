@@ -33,7 +33,7 @@ class Outputs(Iterator[RequestOutput]):
         use_tqdm: bool,
     ) -> None:
         self.finished: dict[int, RequestOutput] = {}
-        self.total, self.next = total, 0
+        self.next = 0  # the number of the prompt whose turn it is
         self._unfinished = {r.request_id: (i, r) for i, r in requests.items()}
         self._missing = total - len(requests)  # outputs of other replicas
         self._step, self._abort, self._relay = step, abort, relay
@@ -109,13 +109,13 @@ class Outputs(Iterator[RequestOutput]):
             self._take(index, output)
 
     def _take(self, index: int, output: RequestOutput) -> None:
-        """Keep an output, here or on rank 0."""
-        if self._relay.mesh.replicas > 1 and not self._relay.receives:
-            self._send(index, output)
-            return
-        self.finished[index] = output
-        self._finished += 1
+        """Keep an output for the caller, or send it to rank 0, whose caller gets it.
 
-    def _send(self, index: int, output: RequestOutput) -> None:
-        if self._relay.mesh.replica > 0:
+        The other ranks of rank 0's replica do neither: rank 0 has the same output.
+        """
+        mesh = self._relay.mesh
+        if mesh.replicas == 1 or self._relay.receives:
+            self.finished[index] = output
+            self._finished += 1
+        elif mesh.replica > 0:
             self._relay.send(index, output)

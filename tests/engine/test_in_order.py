@@ -52,22 +52,27 @@ def test_ctrl_c_leaves_all_that_is_finished_written(tmp_path, launcher):
     if launcher:
         flags += ["--tensor-parallel-size", "1"]
     mark = tmp_path.name
+    errors = tmp_path / "errors"
     process = subprocess.Popen(
         [sys.executable, *launcher, ROOT / "tools/generate.py", "--prompt-file", file, *flags],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=errors.open("w"),
         text=True,
         env=environment(mark, {}),
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        lines = [process.stdout.readline()]  # the run is on its way
+        first = process.stdout.readline()  # the run is on its way
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+        out = first + process.stdout.read()
+        process.wait()
     finally:
         for left in marked(mark):
             left.kill()
-    found = [json.loads(line) for line in (lines[0] + out).split("\n")[:-1]]
+    err = errors.read_text()
+    found = [json.loads(line) for line in out.split("\n")[:-1]]
     numbers = [one["index"] for one in found]
     assert numbers == sorted(set(numbers)) and 0 < len(numbers) < 2000
     assert all(one["finish_reason"] == "length" for one in found)

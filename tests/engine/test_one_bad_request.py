@@ -280,18 +280,14 @@ def test_an_abort_in_every_state_comes_back_and_gives_everything_back(reader, n)
 @pytest.mark.parametrize("own", [True, False], ids=["its own request", "another"])
 def test_a_hook_may_abort_a_request_that_generate_waits_for(llm, oracle, own):
 
+    ids: list[str] = []
+
     def abort(x, name):
+        if not ids:
+            ids.extend(llm.core.requests)
         if x.shape[1] == 1:  # while it decodes
             llm.abort(ids[0] if own else ids[1])
 
-    ids: list[str] = []
-    add = llm.add_request
-
-    def remembering(*args, **options):
-        ids.append(add(*args, **options))
-        return ids[-1]
-
-    llm.add_request = remembering
     hooked = SamplingParams(max_tokens=12, **GREEDY)
     outputs = llm.generate(
         PROMPTS[:2], hooked, hooks=[("layers.0.resid_post", abort)], use_tqdm=False

@@ -19,7 +19,7 @@ from minqwen.sampling.logprobs import Logprob
 
 # What every rank has of some calls is written to a file with the number of the rank.
 CALLS = """
-import pathlib, sys
+import os, pathlib, sys
 from minqwen import LLM, SamplingParams
 
 TEXTS = ["In the beginning", "And God said", "The LORD", "Blessed are", "Jesus wept"]
@@ -49,7 +49,8 @@ world = llm.mesh.world
 pathlib.Path(sys.argv[2], str(world.rank)).write_text(repr(answers(llm)))
 ordered = [output.prompt for output in llm.iterate(TEXTS, use_tqdm=False)]
 assert ordered == (TEXTS if world.rank == 0 else []), ordered
-print(world.rank, llm.mesh.replica, llm.mesh.rank, flush=True)
+line = f"{world.rank} {llm.mesh.replica} {llm.mesh.rank}\\n"
+os.write(1, line.encode())  # in one piece: all ranks write to one file
 """
 
 
@@ -132,7 +133,7 @@ def deed(x, name):
 hooks = [("layers.0.resid_pre", deed)] if llm.mesh.replica == 1 else []
 params = SamplingParams(temperature=0, max_tokens=4)
 llm.generate(["In the beginning", "And God said"], params, hooks=hooks, use_tqdm=False)
-print("done", flush=True)
+os.write(1, b"done\\n")
 """
 
 
