@@ -144,7 +144,7 @@ def test_a_pattern_that_does_not_end_in_its_name_leaves_it_out(names):
     "names",
     [RESULT, "*.attn.result", "*result", "*.hook_result", "blocks.1.attn.hook_result"]
     + [["*", "*.attn.result"], lambda name: name.endswith("hook_result")],
-    ids=str,
+    ids=lambda names: "a predicate" if callable(names) else str(names),
 )
 def test_its_name_and_a_predicate_ask_for_it(names):
     assert RESULT in select(names, 2)
