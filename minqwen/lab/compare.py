@@ -39,6 +39,7 @@ a faithful implementation of it: `measure` of these two is the added error, in u
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ from torch import Tensor
 
 from minqwen.model import Native, Qwen2
 from minqwen.model.arithmetic import Linear
+from minqwen.model.trace import check_replacement
 from minqwen.parallel import Mesh
 
 ROUNDING = 1.5  # units of error in the logits up to which B is the same model; the reason is above
@@ -169,17 +171,28 @@ def recompute(model: Qwen2, ids: Tensor, seen: Mapping[str, Tensor]) -> dict[str
     """Each point of `seen`, {name: tensor [T, ...]}, as the model computes it from the others.
 
     ids [T]. What a point gets is the nearest that `seen` has before it, or the ids. So the result
-    differs from `seen` by what was added between the two points, not by what was inherited.
+    differs from `seen` by what was added between the two points, not by what was inherited. Of
+    logits `seen` may have the last rows only; then the result has these. Raises TraceError for a
+    shape that the model does not have there.
     """
     computed = {}
 
-    def replace(x: Tensor, name: str) -> Tensor:
-        computed[name] = x[0].clone()
-        return seen[name][None].to(x)
+    def replace(x: Tensor, name: str) -> Tensor | None:
+        value = seen[name]
+        computed[name] = x[0, -len(value) :].clone()
+        check_replacement(name, value, computed[name])
+        if len(computed) == len(seen):
+            raise _Enough
+        return value[None].to(x)
 
-    if seen:
-        model.run_with_hooks(ids[None].to(model.device), [(list(seen), replace)])
+    with contextlib.suppress(_Enough):
+        if seen:
+            model.run_with_hooks(ids[None].to(model.device), [(list(seen), replace)])
     return computed
+
+
+class _Enough(Exception):
+    """Nobody asks for what comes later in the forward pass."""
 
 
 # ---- two models ----------------------------------------------------------------------------------

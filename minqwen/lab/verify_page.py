@@ -145,7 +145,7 @@ def _heat_map(head_errors: list[list[float]]) -> list[str]:
     for layer, errors in enumerate(head_errors):
         cells = _join(
             f'<td title="layer {layer}, head {head}: {error:.3g}" '
-            f'style="background:rgba(180,35,24,{_strength(error):.2f})"></td>'
+            f'style="background:rgba(180,35,24,{strength(error):.2f})"></td>'
             for head, error in enumerate(errors)
         )
         rows.append(f"<tr><th>{layer}</th>{cells}</tr>")
@@ -157,11 +157,13 @@ def _heat_map(head_errors: list[list[float]]) -> list[str]:
     ]
 
 
-def _strength(units: float) -> float:
-    """The opacity of red, 0 to 1: full at a million times the threshold."""
-    if not units > ROUNDING:
+def strength(units: float, rounding: float = ROUNDING) -> float:
+    """The opacity of red, 0 to 1: none up to `rounding`, full at a million times that."""
+    if units <= rounding:
         return 0.0
-    return min(1.0, math.log10(units / ROUNDING) / 6)
+    if not math.isfinite(units):
+        return 1.0
+    return min(1.0, math.log10(units / rounding) / 6)
 
 
 def _join(parts: Iterable[str]) -> str:
