@@ -51,6 +51,10 @@ class TraceError(MinqwenError):
     """A point that does not exist, or a replacement that does not fit."""
 
 
+class PackError(MinqwenError):
+    """A golden pack that cannot be written, is damaged, or is of another model."""
+
+
 class HeadsError(MinqwenError):
     """A head count, recipe or checkpoint that head extension must refuse."""
 
