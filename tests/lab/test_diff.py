@@ -298,7 +298,7 @@ def test_numbers_that_are_not_finite_are_found_where_they_come_up(case, value):
 
 
 def test_mistakes_that_give_the_same_are_all_told(case):
-    """k and v exchanged and a cache... here simply one mistake under two names."""
+    """Here one mistake under two names."""
     dtype = torch.float32
     engine = dump_of(case.wrong("gelu", dtype), PROMPTS, ENGINE)
     texts = read_texts(case.pack, engine)
