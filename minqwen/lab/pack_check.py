@@ -31,6 +31,7 @@ from minqwen.lab.packs import LOGITS, TOP_IDS, TOP_VALUES, Pack, described
 from minqwen.lab.runs import TRUTH, Run, Tensors, compute, find_run
 
 Read = Callable[[int, str], Tensor]  # (number of the prompt, point) -> tensor
+Apart = Callable[[Tensor, Tensor, Tensor], float]  # (pack, here, reference) -> units
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Checker:
         if not other:
             return {}
         stored = partial(self.pack.read, run.name)
-        apart = units_of_native
+        apart: Apart = units_of_native
         if run.name == TRUTH:
             apart = units_of_truth
             reference = self._computed(Run("reversed", "float64", ReversedSums()), set(other))
