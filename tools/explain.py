@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from minqwen import Mesh, ModelConfig, Tokenizer  # before torch, for Ctrl-C
 from minqwen.checks import integer
@@ -94,8 +96,8 @@ def main() -> int:
         if args.html is not None:
             write_text(Path(args.html), page, MinqwenError)
         if args.json is not None:
-            told_as_json = json.dumps(dataclasses.asdict(found), indent=1) + "\n"
-            write_text(Path(args.json), told_as_json, MinqwenError)
+            told_as_json = json.dumps(plain(dataclasses.asdict(found)), indent=1, allow_nan=False)
+            write_text(Path(args.json), told_as_json + "\n", MinqwenError)
     return 0
 
 
@@ -115,6 +117,15 @@ def tell_both(args: argparse.Namespace, config: ModelConfig, mesh: Mesh, fault: 
     if fault.in_model:
         right = load_model(args.model, mesh, None, **model_options(args))
     return contrast(fault, right, wrong, right_ids, wrong_ids, spell, name_of(args))
+
+
+def plain(value: Any) -> Any:
+    """What JSON knows: infinities and NaN become texts."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def name_of(args: argparse.Namespace) -> str:

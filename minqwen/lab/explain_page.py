@@ -14,12 +14,13 @@ from minqwen.lab.explain_text import place, several, share
 from minqwen.lab.sources import Code
 
 STYLE = """
-:root{color-scheme:light dark;--text:#1f2328;--dim:#57606a;--back:#fff;--panel:#f6f8fa;
+:root{color-scheme:light dark;font-size:clamp(15px,.62vw + 8.5px,24px);
+--text:#1f2328;--dim:#57606a;--back:#fff;--panel:#f6f8fa;
 --line:#d0d7de;--up:9 105 218;--down:188 76 0;--good:#1a7f37;--bad:#b42318}
 @media (prefers-color-scheme:dark){:root{--text:#e6edf3;--dim:#9da7b3;--back:#0d1117;
 --panel:#161b22;--line:#3d444d;--up:76 154 255;--down:240 136 62;--good:#56d364;--bad:#ff7b72}}
 *{box-sizing:border-box}
-body{font:clamp(15px,.62vw + 8.5px,22px)/1.5 system-ui,sans-serif;color:var(--text);
+body{font:1rem/1.5 system-ui,sans-serif;color:var(--text);
 background:var(--back);max-width:82rem;margin:0 auto;padding:1rem clamp(.8rem,2vw,2rem) 4rem}
 h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0}
 h2{font-size:1.2rem;margin:2.2rem 0 .6rem}h3{font-size:1rem;margin:1.4rem 0 .4rem}
@@ -32,6 +33,7 @@ pre{background:var(--panel);border:1px solid var(--line);border-radius:.4rem;pad
 margin:.3rem 0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85em;line-height:1.45}
 .wide{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse}th{text-align:left;font-weight:600}
+td code,th code{white-space:pre}
 td,th{padding:.25rem .9rem .25rem 0;vertical-align:top}thead th{border-bottom:1px solid var(--line)}
 .tokens{display:flex;flex-wrap:wrap;gap:.5rem;list-style:none;padding:0;margin:.6rem 0}
 .tokens>li{display:flex;flex-wrap:wrap;gap:.3rem;border:1px dashed var(--line);border-radius:.5rem;

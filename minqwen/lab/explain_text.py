@@ -38,7 +38,7 @@ def numbers(values: Iterable[float]) -> str:
 
 def share(p: float) -> str:
     """ "27.0 %"; what is not zero is not shown as zero."""
-    return f"{100 * p:.1f} %" if p >= 0.0005 or p == 0 else "< 0.1 %"
+    return "< 0.1 %" if 0 < p < 0.0005 else f"{100 * p:.1f} %"
 
 
 def quoted(text: str, most: int = CELL - 10) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from html.parser import HTMLParser
@@ -262,6 +263,7 @@ def test_each_shown_line_stands_where_it_is_said_and_holds_the_operation(told):
     assert shown.keys() == HOLDS.keys()
     for point, code in shown.items():
         assert len(code) == len(HOLDS[point])
+        assert len(ast.parse(code[0].text).body) == 1, "the statement that calls, and no more"
         for each, holds in zip(code, HOLDS[point]):
             assert holds in each.text and stands_there(each), (point, each)
     assert "cache.write(" in told.blocks.write.text and stands_there(told.blocks.write)

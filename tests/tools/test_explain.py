@@ -54,6 +54,7 @@ def test_a_mistake_is_shown_beside_what_is_right(told, tmp_path):
     assert " ".join(result.out.split()).startswith(f"heads-tiled: {FAULTS['heads-tiled'].symptom}")
     found = json.loads(data.read_text())
     assert found["first"]["point"] == FAULTS["heads-tiled"].first
+    assert found["first"]["right"][1:] == ["-inf"] * 3  # token 0 sees itself only
     right = [p["id"] for p in found["right"]["predictions"]]
     assert right == [p.id for p in told.predictions]
     assert found["right"]["predictions"] != found["wrong"]["predictions"]
