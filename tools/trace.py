@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from minqwen import Checkpoint, Mesh, ModelConfig, Qwen2, Tokenizer  # before torch, for Ctrl-C
+from minqwen import Checkpoint, Mesh, ModelConfig  # before torch, for Ctrl-C
 
 # isort: split
 import torch
@@ -41,9 +41,9 @@ from minqwen.cli import (
     run,
 )
 from minqwen.errors import MinqwenError, is_first_rank
-from minqwen.lab.faults import FAULTS, Fault, find
-from minqwen.lab.faults.load import load_mistaken
+from minqwen.lab.faults import FAULTS, Fault
 from minqwen.lab.golden import file_digests
+from minqwen.lab.prompt import check_prompt, chosen_fault, load_model, prompt_flags, read_prompt
 from minqwen.model.trace import POINTS, Point, select
 
 
@@ -89,10 +89,10 @@ def compute(args: argparse.Namespace) -> Traced:
     """The input's intermediates, on every rank."""
     mesh = Mesh.from_env(args.device)
     config = ModelConfig.from_json(args.model)
-    fault = chosen_fault(args, config)
-    ids, text = read_input(args, config, fault)
+    fault = told_fault(args, config)
+    ids, text = read_prompt(args, config, fault)
     select(args.names, config.num_hidden_layers)  # or raise TraceError
-    model = load_model(args, mesh, fault)
+    model = load_model(args.model, mesh, fault, **model_options(args))
     with torch.inference_mode():
         prompt = torch.tensor([ids], device=model.device)
         _, seen = model.run_with_cache(prompt, args.names, to="cpu")
@@ -100,53 +100,19 @@ def compute(args: argparse.Namespace) -> Traced:
     return Traced(first, ids, text, dtype_name("the model's dtype", model.dtype))
 
 
-def chosen_fault(args: argparse.Namespace, config: ModelConfig) -> Fault | None:
+def told_fault(args: argparse.Namespace, config: ModelConfig) -> Fault | None:
     """The mistake that the command asks for, told on stderr; MinqwenError if there is none such."""
-    if args.fault is None:
+    fault = chosen_fault(args, config)
+    if fault is None:
         return None
-    fault = find(args.fault)
     if fault.report is not None:
         raise MinqwenError(
             f"--fault {fault.name} is in what is reported of the logits: no trace shows it"
         )
-    if fault.encode is not None and not args.chat:
-        raise MinqwenError(f"--fault {fault.name} is in the tokens of a chat: add --chat")
-    fault.check(config)
     if is_first_rank():
-        print(f"mistake in the {place(fault)}: {fault.name}. {fault.symptom}", file=sys.stderr)
+        place = "model" if fault.in_model else "tokens"
+        print(f"mistake in the {place}: {fault.name}. {fault.symptom}", file=sys.stderr)
     return fault
-
-
-def place(fault: Fault) -> str:
-    return "model" if fault.in_model else "tokens"
-
-
-def load_model(args: argparse.Namespace, mesh: Mesh, fault: Fault | None) -> Qwen2:
-    if fault is None or not fault.in_model:
-        return Qwen2.from_pretrained(args.model, mesh=mesh, **model_options(args))
-    return load_mistaken(fault, args.model, mesh=mesh, **model_options(args))
-
-
-def read_input(
-    args: argparse.Namespace, config: ModelConfig, fault: Fault | None
-) -> tuple[list[int], str | None]:
-    """The ids to look at, and their text if it was given."""
-    if args.ids is not None:
-        wrong = [id for id in args.ids if not 0 <= id < config.vocab_size]
-        if wrong:
-            raise MinqwenError(f"--ids has {wrong[0]}, expected 0 to {config.vocab_size - 1}")
-        return args.ids, None
-    tokenizer, text = Tokenizer.from_dir(args.model), args.text
-    chat = [{"role": "user", "content": text}]
-    if fault is not None and fault.encode is not None:
-        ids = fault.ids(tokenizer, chat)
-        return ids, tokenizer.decode(ids)
-    if args.chat:
-        text = tokenizer.apply_chat_template(chat)
-    ids = tokenizer.encode(text, add_special_tokens=not args.chat)
-    if not ids:
-        raise MinqwenError("the text has no tokens: give at least one")
-    return ids, text
 
 
 def show(args: argparse.Namespace) -> None:
@@ -191,11 +157,6 @@ def metadata(traced: Traced, args: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def integers(text: str) -> list[int]:
-    """The ids of "1,2,3"."""
-    return [int(part) for part in text.split(",")]
-
-
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser.add_command("points", help="print the table of points"))
@@ -205,7 +166,7 @@ def parse() -> argparse.Namespace:
         ("save", "write intermediates to a safetensors file"),
     ):
         command = parser.add_command(name, help=what)
-        command.add_argument("text", nargs="?")
+        prompt_flags(command)
         if name == "save":
             command.add_argument("out", metavar="OUT.safetensors")
         command.add_argument(
@@ -215,30 +176,11 @@ def parse() -> argparse.Namespace:
             metavar="NAME",
             help="names or patterns, ours or TransformerLens's",
         )
-        command.add_argument("--chat", action="store_true", help="the text is a user's message")
-        command.add_argument(
-            "--ids", type=integers, metavar="ID,ID,...", help="token ids in place of the text"
-        )
-        command.add_argument(
-            "--fault",
-            metavar="NAME",
-            help="a mistake to put into the model, from the catalogue: trace.py faults",
-        )
         model_flags(command)
     args: argparse.Namespace = parser.parse_args()
     if args.command in ("show", "save"):
-        check_input(parser, args)
+        check_prompt(parser, args)
     return args
-
-
-def check_input(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit unless there is one text, or ids in its place."""
-    if args.ids is None and args.text is None:
-        parser.error("nothing to look at: give a text, or token ids as in --ids 5,300,17")
-    if args.ids is not None and args.text is not None:
-        parser.error("--ids and a text: give one of them")
-    if args.ids is not None and args.chat:
-        parser.error("--chat makes a prompt of a text: --ids is one already")
 
 
 def main() -> int:
