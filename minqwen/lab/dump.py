@@ -382,9 +382,12 @@ class Pass:
         pattern = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
         if isinstance(pattern, Tensor) and pattern.dim() == 4:
             self.keep(self.layer + "attn.pattern", self.single(pattern))
+            scores = self.tensors.get(self.layer + "attn.scores")
+            if scores is not None and scores.shape[-1] != pattern.shape[-1]:  # of padded keys
+                del self.tensors[self.layer + "attn.scores"]
+        tokens = self.tensors[self.layer + "attn.k"].shape[0]
         keys = _newest_keys(kwargs, int(self.layer.split(".")[1]))
-        if keys is not None:
-            tokens = self.tensors[self.layer + "attn.k"].shape[0]
+        if keys is not None and keys.shape[-2] >= tokens:  # the cache of a window may hold fewer
             self.keep(self.layer + "attn.rot_k", self.single(keys)[:, -tokens:].transpose(0, 1))
 
     def reduced(
