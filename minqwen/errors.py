@@ -55,6 +55,10 @@ class DumpError(MinqwenError):
     """What another engine wrote of its tensors cannot be read, or does not fit the model."""
 
 
+class PackError(MinqwenError):
+    """A golden pack that cannot be written, is damaged, or is of another model."""
+
+
 class HeadsError(MinqwenError):
     """A head count, recipe or checkpoint that head extension must refuse."""
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import platform
 import time
@@ -38,6 +37,7 @@ from minqwen.lab.device_model import (
     in_any_company,
     on_ranks,
 )
+from minqwen.lab.machine import described_cpu, package_version
 from minqwen.model.emulation import library_settings, refuse_emulation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,11 +121,8 @@ def machine(device: str) -> dict[str, str]:
     """What may decide what is computed: versions, processors, settings."""
     found = {"python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["cpu"] = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+        found[package] = package_version(package)
+    found["cpu"] = described_cpu()
     found["threads"] = str(torch.get_num_threads())
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
@@ -139,14 +136,6 @@ def product_settings() -> dict[str, str]:
     switches = torch.backends.cuda.matmul
     names = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation")
     return {f"matmul.{name}": str(getattr(switches, name)) for name in names}
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux knows it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def frozen_fingerprints(model: Path) -> dict[str, str]:

@@ -17,7 +17,6 @@ named any.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -44,6 +43,7 @@ from minqwen.cli import (
 from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.lab.faults import FAULTS, Fault, find
 from minqwen.lab.faults.load import load_mistaken
+from minqwen.lab.golden import file_digests
 from minqwen.model.trace import POINTS, Point, select
 
 
@@ -189,20 +189,6 @@ def metadata(traced: Traced, args: argparse.Namespace) -> dict[str, str]:
         "model": str(args.model),
         "sha256": json.dumps(file_digests(Path(args.model))),
     }
-
-
-def file_digests(directory: Path) -> dict[str, str]:
-    """{file name: SHA-256} of what makes the model: the digests that Hugging Face shows too."""
-    weight_files = {stored.file for stored in Checkpoint(directory).tensors.values()}
-    return {name: file_digest(directory / name) for name in ["config.json", *sorted(weight_files)]}
-
-
-def file_digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            sha.update(piece)
-    return sha.hexdigest()
 
 
 def integers(text: str) -> list[int]:

@@ -41,6 +41,9 @@ class LayerStream:
     It may write to `out`, a tensor that an earlier layer is done with, or None. It is called in a
     thread, for the layer after the one that runs. On a GPU what it returns is copied from pinned
     memory on a stream of its own, so that the copy and the computation overlap.
+
+    hooked: every call of a layer brings its weights, pass after pass. False: there is one pass, and
+    the caller says with `arrive` and `leave` when a layer's weights are needed.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class LayerStream:
         model: Qwen2,
         fetch: Callable[[str, Tensor | None], Tensor],
         device: torch.device | str,
+        hooked: bool = True,
     ) -> None:
         self.model, self.fetch, self.device = model, fetch, torch.device(device)
+        self.hooked = hooked
         self.layers = list(model.model.layers)
         self.names = [
             [f"model.layers.{i}.{name}" for name, _ in layer.named_parameters()]
@@ -62,10 +67,14 @@ class LayerStream:
         # Of layers that have run. Their main memory is used again: memory that is freed and taken
         # anew, layer after layer, is not given back to the system and grows.
         self.free: list[LayerWeights] = []
+        if hooked:
+            self._hook()
+
+    def _hook(self) -> None:
         for i, layer in enumerate(self.layers):
-            arrive = layer.register_forward_pre_hook(partial(self._arrive, i))
-            leave = layer.register_forward_hook(partial(self._leave, i), always_call=True)
-            model.own_hooks |= {arrive.id, leave.id}
+            arrive = layer.register_forward_pre_hook(partial(self.arrive, i))
+            leave = layer.register_forward_hook(partial(self.leave, i), always_call=True)
+            self.model.own_hooks |= {arrive.id, leave.id}
 
     @torch.no_grad()
     def _load(self, i: int) -> LayerWeights:
@@ -88,16 +97,17 @@ class LayerStream:
             old.arrived.synchronize()  # the device may still be reading them
         return list(old.held)
 
-    def _arrive(self, i: int, *_: object) -> None:
+    def arrive(self, i: int, *_: object) -> None:
         """Layer i is about to run: wait for its weights, and let the next layer's come."""
         self.here = self._take(i)
         self._wait(self.here)
         for name, x in zip(self.names[i], self.here.weights, strict=True):
             self.model.set_parameter(name, x)
         self.model.make_ready(self.layers[i])
-        self._begin((i + 1) % len(self.layers))
+        if self.hooked or i + 1 < len(self.layers):
+            self._begin((i + 1) % len(self.layers))
 
-    def _leave(self, i: int, *_: object) -> None:
+    def leave(self, i: int, *_: object) -> None:
         """Layer i has run, or failed."""
         for name in self.names[i]:
             self.model.set_parameter(name, None)

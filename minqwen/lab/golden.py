@@ -1,4 +1,4 @@
-"""One number that says whether this machine computes what every other one does.
+"""Digests: of tensors, of files, and the one that every machine must reproduce.
 
 The SHA-256 of exact logits on fixed token ids is the same for any batch, degree, number of threads,
 library or device. `tools/golden.py fingerprint` prints it.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minqwen.checkpoint import Checkpoint
 from minqwen.model import Qwen2
 
 STARTS = (1, 1001, 2001)  # of the three prompts, in one sequence of numbers that look like noise
@@ -39,9 +40,24 @@ def digest(tensors: list[Tensor]) -> str:
     sha = hashlib.sha256()
     for x in tensors:
         x = x.cpu().contiguous()
-        x = x.masked_fill(x.isnan(), torch.nan)
+        if x.is_floating_point():
+            x = x.masked_fill(x.isnan(), torch.nan)
         bits = x.view(BITS[x.element_size()]).numpy()
         sha.update(bits.astype(bits.dtype.newbyteorder("<")).tobytes())
+    return sha.hexdigest()
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """{file name: SHA-256} of what makes the model: the digests that Hugging Face shows too."""
+    weight_files = {stored.file for stored in Checkpoint(directory).tensors.values()}
+    return {name: file_digest(directory / name) for name in ["config.json", *sorted(weight_files)]}
+
+
+def file_digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
     return sha.hexdigest()
 
 

@@ -291,7 +291,10 @@ class Report:
     mean_abs: float
     cosine: float
     kl: float  # nats per token, A from B
+    kl_p99: float
+    kl_max: float
     top1: float
+    top5: float
     perplexity_ratio: float
     greedy_match: bool
     first_layer: int | None

@@ -67,7 +67,8 @@ def _facts(report: Report) -> str:
         ("error, in units of the original's own", f"{report.units:.3g}"),
         ("largest difference of logits", f"{report.max_abs:.3g}"),
         ("KL, nats per token", f"{report.kl:.3g}"),
-        ("top-1 agreement", f"{report.top1:.2%}"),
+        ("KL, of 99 in 100 tokens at most; of all", f"{report.kl_p99:.3g}; {report.kl_max:.3g}"),
+        ("top-1 agreement; top-5", f"{report.top1:.2%}; {report.top5:.2%}"),
         ("perplexity ratio", f"{report.perplexity_ratio:.4g}"),
         ("greedy text the same", "yes" if report.greedy_match else "no"),
         ("first difference", first),
@@ -144,7 +145,7 @@ def _heat_map(head_errors: list[list[float]]) -> list[str]:
     for layer, errors in enumerate(head_errors):
         cells = _join(
             f'<td title="layer {layer}, head {head}: {error:.3g}" '
-            f'style="background:rgba(180,35,24,{_strength(error):.2f})"></td>'
+            f'style="background:rgba(180,35,24,{strength(error):.2f})"></td>'
             for head, error in enumerate(errors)
         )
         rows.append(f"<tr><th>{layer}</th>{cells}</tr>")
@@ -156,11 +157,13 @@ def _heat_map(head_errors: list[list[float]]) -> list[str]:
     ]
 
 
-def _strength(units: float) -> float:
-    """The opacity of red, 0 to 1: full at a million times the threshold."""
-    if not units > ROUNDING:
+def strength(units: float, rounding: float = ROUNDING) -> float:
+    """The opacity of red, 0 to 1: none up to `rounding`, full at a million times that."""
+    if units <= rounding:
         return 0.0
-    return min(1.0, math.log10(units / ROUNDING) / 6)
+    if not math.isfinite(units):
+        return 1.0
+    return min(1.0, math.log10(units / rounding) / 6)
 
 
 def _join(parts: Iterable[str]) -> str:

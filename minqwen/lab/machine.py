@@ -1,0 +1,46 @@
+"""What may decide the last bits of native arithmetic on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux knows it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def described_cpu() -> str:
+    """Its name and the vector instructions that torch uses."""
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def package_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def this_machine() -> dict[str, str]:
+    """The versions and the processor."""
+    return {
+        "minqwen": package_version("minqwen"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": described_cpu(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def same_bits_expected(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+    """Whether native arithmetic must give the same bits on these two machines."""
+    return all(a.get(key) == b.get(key) for key in ("torch", "cpu", "threads"))
