@@ -7,14 +7,17 @@ code that makes it: two people would have to slip alike.
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.broken_transformers import PLANTED, WINDOW, broken
-from support.qwen2 import oracle, tokens, yarn
+from support.dumps import MemoryPack, MemoryPrompt
+from support.qwen2 import cast, oracle, tokens, yarn
 
 from minqwen.config import ModelConfig
 from minqwen.lab.compare import ROUNDING, rms
+from minqwen.lab.diagnosis import examine
 from minqwen.lab.dump import dump
 from minqwen.lab.dumps import Dump
 from minqwen.lab.faults import FAULTS, build
@@ -88,3 +91,35 @@ def test_a_dump_of_it_is_wrong_first_where_the_table_says(right, planted, tmp_pa
     assert not {"layers.0.attn.q", "layers.1.mlp.act", "logits"} - set(names)
     first = next(name for name in names if not torch.equal(wrong.read(0, name), seen[name][0]))
     assert first == planted.first
+
+
+# ---- what diff says of them: benchmarks/planted.py has all, this is a small share ----------------
+
+
+def examined(right, directory):
+    stored = SimpleNamespace(
+        names=list(right.weights), read=right.weights.__getitem__, check=lambda: None
+    )
+    pack = MemoryPack(right.config, [MemoryPrompt(right.ids[0].tolist())])
+    return examine(pack, Dump.open(directory, right.config), stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("heads-tiled", torch.bfloat16), ("chunk-tail-lost", torch.float32)]
+)
+def test_diff_names_layer_operation_and_mistake(right, tmp_path, name, dtype):
+    planted = next(planted for planted in PLANTED if planted.name == name)
+    with broken(planted, right.hf, dtype) as hf, dump(hf, tmp_path):
+        hf(right.ids)
+    report = examined(right, tmp_path)
+    assert report.verdict == "diverge" and report.dtype == str(dtype).removeprefix("torch.")
+    assert (report.first.layer, report.first.point) == (0, planted.first)
+    assert report.explained_by.name == name and report.explained_by.units < ROUNDING
+
+
+def test_diff_agrees_with_a_clean_dump_of_another_attention(right, tmp_path):
+    hf = cast(right.hf, torch.bfloat16)
+    hf.set_attn_implementation("sdpa")
+    with dump(hf, tmp_path):
+        hf(right.ids)
+    assert examined(right, tmp_path).verdict == "agree"
