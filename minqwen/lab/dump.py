@@ -135,7 +135,8 @@ class Writer:
     def start(self) -> None:
         """Place the hooks."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._before(self.decoder, self._begin)
+        # Not at the decoder itself: vLLM calls its forward without its hooks.
+        self._before(_child(self.decoder, "embed_tokens"), self._begin)
         self._after(_child(self.decoder, "embed_tokens"), Pass.embedded)
         self._after(_child(self.decoder, "norm"), Pass.normed_last)
         for number, layer in enumerate(self.layers):
@@ -155,9 +156,6 @@ class Writer:
                 f"no forward pass of {type(self.model).__name__} was seen: call the model inside "
                 "`with dump(...)`, without torch.compile and without CUDA graphs"
             )
-        if self.sizes.rank == 0:
-            text = json.dumps(self._described(), indent=2) + "\n"
-            (self.path / "dump.json").write_text(text, encoding="utf-8")
 
     def __enter__(self) -> Writer:
         self.start()
@@ -221,6 +219,8 @@ class Writer:
     def _enter(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if number == 0 and (self.current is None or self.current.layer_seen):
+            self._begin(module, args)  # the caller gave embeddings
         if self.current is not None:
             self.current.entered(number, args, kwargs)
 
@@ -243,17 +243,20 @@ class Writer:
         self._watching.close()
 
     def _end(self) -> None:
-        """Write the pass that is over."""
-        if self.current is None:
+        """Write the pass that is over, and dump.json with it: a server may never come to `stop`."""
+        done, self.current = self.current, None
+        if done is None or not done.layer_seen:
             return
-        tensors = self.current.finished()
-        self.current = None
+        tensors = done.finished()
         if not self.dtype:
             self.dtype = str(next(x.dtype for x in tensors.values() if x.is_floating_point()))
         if self.sizes.rank > 0:
             tensors = {name: x for name, x in tensors.items() if _point(name) in SPLIT}
         save_file(tensors, self.path / self._file(self.passes))
         self.passes += 1
+        if self.sizes.rank == 0:
+            text = json.dumps(self._described(), indent=2) + "\n"
+            (self.path / "dump.json").write_text(text, encoding="utf-8")
 
     def _file(self, number: int) -> str:
         if self.sizes.ranks == 1:
@@ -261,12 +264,12 @@ class Writer:
         return f"{number}.rank{self.sizes.rank}of{self.sizes.ranks}.safetensors"
 
     def _described(self) -> dict[str, Any]:
-        package = type(self.model).__module__.partition(".")[0]
+        package = type(self.decoder).__module__.partition(".")[0]
         version = getattr(sys.modules.get(package), "__version__", "")
         return {
             "format": FORMAT,
             "engine": f"{package} {version}".strip(),
-            "model": type(self.model).__name__,
+            "model": type(self.decoder).__name__,
             "dtype": self.dtype.removeprefix("torch."),
             "passes": self.passes,
             "ranks": self.sizes.ranks,
@@ -290,6 +293,7 @@ class Pass:
         self.logits: list[tuple[int, Tensor]] = []  # (first token, logits of it and the following)
         self.batched = False  # whether tensors have a batch dimension
         self.layer = ""  # "layers.3." inside layer 3
+        self.layer_seen = False
         self.attending = False
         self.length = 0  # tokens that are attended to
 
@@ -315,7 +319,7 @@ class Pass:
 
     def entered(self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A layer is called: transformers gives position_ids by name, vLLM positions first."""
-        self.layer = f"layers.{number}."
+        self.layer, self.layer_seen = f"layers.{number}.", True
         found = [kwargs.get("position_ids"), kwargs.get("positions"), *args[:1]]
         positions = next((x for x in found if _is_integers(x)), None)
         if positions is not None and number == 0:
@@ -382,9 +386,12 @@ class Pass:
         pattern = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
         if isinstance(pattern, Tensor) and pattern.dim() == 4:
             self.keep(self.layer + "attn.pattern", self.single(pattern))
+            scores = self.tensors.get(self.layer + "attn.scores")
+            if scores is not None and scores.shape[-1] != pattern.shape[-1]:  # of padded keys
+                del self.tensors[self.layer + "attn.scores"]
+        tokens = self.tensors[self.layer + "attn.k"].shape[0]
         keys = _newest_keys(kwargs, int(self.layer.split(".")[1]))
-        if keys is not None:
-            tokens = self.tensors[self.layer + "attn.k"].shape[0]
+        if keys is not None and keys.shape[-2] >= tokens:  # the cache of a window may hold fewer
             self.keep(self.layer + "attn.rot_k", self.single(keys)[:, -tokens:].transpose(0, 1))
 
     def reduced(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.engines import VLLM, SGLang
+from support.paths import ROOT
 from support.qwen2 import cast, oracle, ours, tokens
 from support.ranks import on_ranks
 from torch import nn
@@ -20,6 +22,7 @@ from minqwen.lab.dump import DumpError, dump
 from minqwen.lab.dumps import Dump
 from minqwen.model.trace import point_names
 
+PAGE = (ROOT / "docs" / "dumps.md").read_text()
 T = 12
 NOT_HAD = {"norm1.normalized", "norm2.normalized", "final_norm.normalized"}
 EAGER_ONLY = {"attn.scores", "attn.pattern"}
@@ -182,6 +185,27 @@ def test_sglang_gives_the_last_tokens_logits(hf, ids, tmp_path):
     dumped, trace = Dump.open(tmp_path, config_of(hf)), expected(hf, ids)
     assert dumped.read(0, "logits").shape == (1, hf.config.vocab_size)
     trace["logits"] = trace["logits"][-1:]
+    assert_holds(dumped, 0, trace, NOT_HAD | EAGER_ONLY)
+
+
+def test_the_recipe_for_sglang_writes_each_later_pass_when_the_next_begins(
+    hf, ids, tmp_path, monkeypatch
+):
+    """The hook of docs/dumps.md, placed as SGLang places it."""
+    monkeypatch.setitem(sys.modules, "dump", dump_module)
+    block = re.search(r"```python\n(from dump import dump\nfrom torch import nn.*?)```", PAGE, re.S)
+    recipe = {}
+    exec(block[1], recipe)
+    engine = SGLang(hf)
+    hook = recipe["start"]({"out": str(tmp_path)})
+    for module in (engine.model, engine.logits_processor):
+        module.register_forward_hook(hook)
+    for n in range(3):
+        assert not list(tmp_path.glob("*.safetensors")), n
+        engine(ids[0], POSITIONS)
+    dumped, trace = Dump.open(tmp_path, config_of(hf)), expected(hf, ids)
+    trace["logits"] = trace["logits"][-1:]
+    assert dumped.passes == 1
     assert_holds(dumped, 0, trace, NOT_HAD | EAGER_ONLY)
 
 

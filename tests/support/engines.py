@@ -142,6 +142,13 @@ class Decoder(nn.Module):
         return self.norm(x, residual)[0]
 
 
+class UnhookedDecoder(Decoder):
+    """vLLM's decorator for torch.compile leaves out the hooks of this module."""
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+
 class Head(nn.Module):
     """Its weight is read by the logits processor; it is not called."""
 
@@ -160,11 +167,13 @@ class LogitsProcessor(nn.Module):
 class VLLM(nn.Module):
     """The forward pass gives hidden states, and `compute_logits` those that are asked for."""
 
+    decoder = UnhookedDecoder
+
     def __init__(self, hf, mesh=SINGLE):
         super().__init__()
         w = {name: x.detach().clone() for name, x in hf.state_dict().items()}
         self.config = hf.config
-        self.model = Decoder(inside(w, "model."), hf.config, mesh)
+        self.model = self.decoder(inside(w, "model."), hf.config, mesh)
         self.lm_head = Head(w["lm_head.weight"])
         self.logits_processor = LogitsProcessor()
 
@@ -184,6 +193,8 @@ class LastLogits(nn.Module):
 
 
 class SGLang(VLLM):
+    decoder = Decoder
+
     def __init__(self, hf, mesh=SINGLE):
         super().__init__(hf, mesh)
         self.logits_processor = LastLogits()
