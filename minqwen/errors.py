@@ -51,6 +51,10 @@ class TraceError(MinqwenError):
     """A point that does not exist, or a replacement that does not fit."""
 
 
+class DumpError(MinqwenError):
+    """What another engine wrote of its tensors cannot be read, or does not fit the model."""
+
+
 class HeadsError(MinqwenError):
     """A head count, recipe or checkpoint that head extension must refuse."""
 
