@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minqwen import LLM
+from minqwen import LLM, Qwen2
 from minqwen.checkpoint import write_checkpoint
 from minqwen.cli import EMBEDDED, Parser, run
 from minqwen.config import ModelConfig, RopeScaling
@@ -123,12 +123,13 @@ def of_transformers(path: Path, dtype: str, attention: str, many: list[list[int]
 
     model = Qwen2ForCausalLM.from_pretrained(
         path, dtype=DTYPES[dtype], attn_implementation=attention
-    ).eval()
+    )
     return records_of(partial(logits_of, model), many)
 
 
 def of_engine(path: Path, dtype: str, arithmetic: str, many: list[list[int]]) -> list[Record]:
-    scores = LLM(path, dtype=dtype, arithmetic=arithmetic).score(many, use_tqdm=False)
+    model = Qwen2.from_pretrained(path, dtype=dtype, arithmetic=arithmetic)
+    scores = LLM(model).score(many, use_tqdm=False)
     records = []
     for ids, logprobs in zip(many, scores):
         entries = [Entry(i, ids[i], logprob) for i, logprob in enumerate(logprobs, 1)]
@@ -196,7 +197,7 @@ def of_second_implementation(original: Original, dtype: torch.dtype) -> Iterator
     for planted in support["PLANTED"]:
         possible = planted.needs(model.config) and FAULTS[planted.name].applies(original.config)
         if possible and not FAULTS[planted.name].silent:
-            with support["broken"](planted, model.eval(), dtype) as broken:
+            with support["broken"](planted, model, dtype) as broken:
                 yield Wrong(planted.name, partial(logits_of, broken))
 
 
