@@ -255,7 +255,7 @@ def tail_lost(key, value):
 def held_in_int8(*held):
     def rounded(x):
         scale = x.abs().amax(dim=-1, keepdim=True) / 127
-        return torch.round(x / scale).to(torch.int8).to(x.dtype) * scale
+        return torch.round(x / scale).clamp(-127, 127).to(torch.int8).to(x.dtype) * scale
 
     return [rounded(x) for x in held]
 
