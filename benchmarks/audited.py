@@ -32,11 +32,11 @@ from minqwen.checkpoint import write_checkpoint
 from minqwen.cli import EMBEDDED, Parser, run
 from minqwen.config import ModelConfig, RopeScaling
 from minqwen.errors import MinqwenError
-from minqwen.lab.audit import Report, audit
-from minqwen.lab.audit_evidence import Original
-from minqwen.lab.audit_forced import Report as Reported
-from minqwen.lab.audit_questions import TEXT
-from minqwen.lab.audit_records import Entry, Record
+from minqwen.lab.audit.audit import Report, audit
+from minqwen.lab.audit.evidence import Original
+from minqwen.lab.audit.forced import Report as Reported
+from minqwen.lab.audit.questions import TEXT
+from minqwen.lab.audit.records import Entry, Record
 from minqwen.lab.compare import ROUNDING, rms
 from minqwen.lab.faults import FAULTS
 from minqwen.model import Native

@@ -35,10 +35,10 @@ from minqwen import LLM, Checkpoint, SamplingParams
 from minqwen.checkpoint import write_checkpoint
 from minqwen.cli import EMBEDDED
 from minqwen.config import ModelConfig, RopeScaling
-from minqwen.lab.diagnosis import examine
-from minqwen.lab.diff import Report
+from minqwen.lab.diff.diagnosis import examine
+from minqwen.lab.diff.diff import Report
+from minqwen.lab.diff.dumps import FORMAT, Dump
 from minqwen.lab.dump import SPLIT, dump
-from minqwen.lab.dumps import FORMAT, Dump
 from minqwen.lab.faults import FAULTS, build
 from minqwen.model.trace import point_names, point_of
 from minqwen.parallel import Mesh

@@ -9,7 +9,7 @@ import torch
 from support.paths import EMBEDDED, ROOT
 from support.tool import run_tool_here
 
-from minqwen.lab.streaming import HEAD_BYTES, ROW_BLOCK
+from minqwen.lab.packs.streaming import HEAD_BYTES, ROW_BLOCK
 
 PAGE = (ROOT / "docs" / "golden.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)

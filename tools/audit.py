@@ -22,15 +22,15 @@ from minqwen.checks import integer, number  # before torch, for Ctrl-C
 from minqwen.cli import EMBEDDED, Parser, check_writable, run
 from minqwen.errors import MinqwenError
 from minqwen.files import read_text, write_text
-from minqwen.lab.audit import CLAIMS, Report, audit
-from minqwen.lab.audit_client import Endpoint, Limits, base_of
-from minqwen.lab.audit_endpoint import audit_endpoint
-from minqwen.lab.audit_evidence import Original
-from minqwen.lab.audit_explain import Among
-from minqwen.lab.audit_page import as_html, as_text, pair_as_html, pair_as_text
-from minqwen.lab.audit_pairs import Pair, audit_pair
-from minqwen.lab.audit_questions import TEXT
-from minqwen.lab.audit_records import at_most, read_jsonl
+from minqwen.lab.audit.audit import CLAIMS, Report, audit
+from minqwen.lab.audit.client import Endpoint, Limits, base_of
+from minqwen.lab.audit.endpoint import audit_endpoint
+from minqwen.lab.audit.evidence import Original
+from minqwen.lab.audit.explain import Among
+from minqwen.lab.audit.page import as_html, as_text, pair_as_html, pair_as_text
+from minqwen.lab.audit.pairs import Pair, audit_pair
+from minqwen.lab.audit.questions import TEXT
+from minqwen.lab.audit.records import at_most, read_jsonl
 
 CODES = {"agree": 0, "diverge": 1, "refused": 2}
 

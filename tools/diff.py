@@ -21,11 +21,11 @@ from minqwen import Checkpoint, Tokenizer  # before torch, for Ctrl-C
 # isort: split
 from minqwen.cli import Parser, check_writable, run
 from minqwen.errors import MinqwenError, TokenizerError
-from minqwen.lab.diagnosis import examine, named_tokens
-from minqwen.lab.diff import Report, UnknownPrompt, as_json, refused_as_json
-from minqwen.lab.diff_page import as_html, as_text
-from minqwen.lab.dumps import Dump
-from minqwen.lab.packs import Pack
+from minqwen.lab.diff.diagnosis import examine, named_tokens
+from minqwen.lab.diff.diff import Report, UnknownPrompt, as_json, refused_as_json
+from minqwen.lab.diff.dumps import Dump
+from minqwen.lab.diff.page import as_html, as_text
+from minqwen.lab.packs.pack import Pack
 
 
 def parse() -> argparse.Namespace:

@@ -24,9 +24,11 @@ from minqwen.checks import integer
 from minqwen.cli import EMBEDDED, Parser, check_writable, model_flags, model_options, run
 from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.files import write_text
-from minqwen.lab import contrast_page, contrast_text, explain_page, explain_text
-from minqwen.lab.contrast import Contrast, contrast
-from minqwen.lab.explain import BLOCK_SIZE, Explanation, Spell, explain
+from minqwen.lab.explain import contrast_page, contrast_text
+from minqwen.lab.explain import page as explain_page
+from minqwen.lab.explain import text as explain_text
+from minqwen.lab.explain.contrast import Contrast, contrast
+from minqwen.lab.explain.explain import BLOCK_SIZE, Explanation, Spell, explain
 from minqwen.lab.faults import HEAD_FAULTS, Fault
 from minqwen.lab.prompt import check_prompt, chosen_fault, load_model, prompt_flags, read_prompt
 

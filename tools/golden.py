@@ -29,10 +29,10 @@ from minqwen.config import BYTES_PER_ELEMENT
 from minqwen.errors import PackError
 from minqwen.files import lines_of, read_text
 from minqwen.lab.golden import fingerprint
-from minqwen.lab.pack_check import Checker, RunCheck
-from minqwen.lab.pack_writer import DEFAULT_RUNS, DEFAULT_TOP_K, Recipe, check_replaceable, make
-from minqwen.lab.packs import Pack, PackPrompt
-from minqwen.lab.runs import RUNS
+from minqwen.lab.packs.check import Checker, RunCheck
+from minqwen.lab.packs.pack import Pack, PackPrompt
+from minqwen.lab.packs.runs import RUNS
+from minqwen.lab.packs.writer import DEFAULT_RUNS, DEFAULT_TOP_K, Recipe, check_replaceable, make
 from minqwen.parallel import Mesh
 from minqwen.tokenizer import Tokenizer
 

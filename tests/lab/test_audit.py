@@ -10,10 +10,10 @@ import torch
 from support.audited import continued, record_of, records_of, texts, written, yarn_model
 
 from minqwen.errors import MinqwenError
-from minqwen.lab.audit import FEWEST, audit
-from minqwen.lab.audit_evidence import Original
-from minqwen.lab.audit_forced import FusedAttention
-from minqwen.lab.audit_records import Record
+from minqwen.lab.audit.audit import FEWEST, audit
+from minqwen.lab.audit.evidence import Original
+from minqwen.lab.audit.forced import FusedAttention
+from minqwen.lab.audit.records import Record
 from minqwen.lab.compare import ROUNDING, ReversedSums
 from minqwen.lab.faults import FAULTS, build
 from minqwen.model import Native, Qwen2

@@ -10,7 +10,7 @@ import pytest
 from support.openai_server import Handler, Scripted, served
 
 from minqwen.errors import MinqwenError
-from minqwen.lab.audit_client import Endpoint, Limits, NotOffered, base_of
+from minqwen.lab.audit.client import Endpoint, Limits, NotOffered, base_of
 
 
 @contextlib.contextmanager

@@ -12,10 +12,10 @@ from support.openai_server import EVERYTHING, Engine, Scripted, served
 from support.paths import EMBEDDED
 
 from minqwen.errors import MinqwenError
-from minqwen.lab.audit_client import Endpoint, Limits
-from minqwen.lab.audit_endpoint import audit_endpoint
-from minqwen.lab.audit_evidence import Original
-from minqwen.lab.audit_questions import ask
+from minqwen.lab.audit.client import Endpoint, Limits
+from minqwen.lab.audit.endpoint import audit_endpoint
+from minqwen.lab.audit.evidence import Original
+from minqwen.lab.audit.questions import ask
 from minqwen.lab.faults import FAULTS
 from minqwen.model import Native
 

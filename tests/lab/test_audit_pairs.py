@@ -10,9 +10,9 @@ import torch
 from support.audited import records_of, texts, written, yarn_model
 
 from minqwen.errors import MinqwenError
-from minqwen.lab.audit_evidence import Original
-from minqwen.lab.audit_forced import FusedAttention
-from minqwen.lab.audit_pairs import audit_pair
+from minqwen.lab.audit.evidence import Original
+from minqwen.lab.audit.forced import FusedAttention
+from minqwen.lab.audit.pairs import audit_pair
 from minqwen.lab.faults import FAULTS
 from minqwen.model import Native
 

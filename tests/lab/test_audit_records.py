@@ -9,7 +9,7 @@ import pytest
 from support.heads import random_model
 
 from minqwen.errors import MinqwenError
-from minqwen.lab.audit_records import Entry, at_most, read_jsonl
+from minqwen.lab.audit.records import Entry, at_most, read_jsonl
 
 CONFIG, _ = random_model(4, 2)
 LINE = {"prompt_token_ids": [5, 6], "token_ids": [7, 8], "logprobs": [-1.5, -0.25]}

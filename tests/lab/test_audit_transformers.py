@@ -11,8 +11,8 @@ from support.audited import records_of, texts, written, yarn_model
 from support.broken_transformers import PLANTED, broken
 from transformers import Qwen2ForCausalLM
 
-from minqwen.lab.audit import audit
-from minqwen.lab.audit_evidence import Original
+from minqwen.lab.audit.audit import audit
+from minqwen.lab.audit.evidence import Original
 
 TEXTS = texts(97, count=2, length=151)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

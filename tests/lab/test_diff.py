@@ -22,8 +22,8 @@ from support.ranks import on_ranks
 
 from minqwen.config import ModelConfig, RopeScaling
 from minqwen.errors import MinqwenError
-from minqwen.lab.diagnosis import Pair, diagnose, messages_of, named_tokens, suspects
-from minqwen.lab.diff import (
+from minqwen.lab.diff.diagnosis import Pair, diagnose, messages_of, named_tokens, suspects
+from minqwen.lab.diff.diff import (
     Reference,
     UnknownPrompt,
     as_json,
@@ -34,8 +34,8 @@ from minqwen.lab.diff import (
     refused_as_json,
     right_pair,
 )
+from minqwen.lab.diff.dumps import Dump
 from minqwen.lab.dump import dump
-from minqwen.lab.dumps import Dump
 from minqwen.lab.faults import FAULTS
 from minqwen.model import Qwen2
 from minqwen.model.trace import point_names

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minqwen.lab.compare import Measure, measure_logits
-from minqwen.lab.diff import Explanation, First, PointReport, Report, TokenErrors
-from minqwen.lab.diff_page import as_html, as_text
+from minqwen.lab.diff.diff import Explanation, First, PointReport, Report, TokenErrors
+from minqwen.lab.diff.page import as_html, as_text
 
 
 def point(name, units, added, verdict):

@@ -18,8 +18,8 @@ from torch import nn
 
 from minqwen.config import ModelConfig
 from minqwen.lab import dump as dump_module
+from minqwen.lab.diff.dumps import Dump
 from minqwen.lab.dump import DumpError, dump
-from minqwen.lab.dumps import Dump
 from minqwen.model.trace import point_names
 
 PAGE = (ROOT / "docs" / "dumps.md").read_text()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from support.checkpoints import tiny
 
 from minqwen.errors import DumpError
-from minqwen.lab.dumps import Dump, point_name
+from minqwen.lab.diff.dumps import Dump, point_name
 
 T = 5
 CONFIG = tiny()  # 4 heads of 8, 2 KV heads, 2 layers, width 24, 61 tokens

@@ -16,11 +16,13 @@ from support.ranks import on_ranks
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from minqwen.errors import MinqwenError
-from minqwen.lab import contrast_page, contrast_text, explain_page, explain_text
-from minqwen.lab.contrast import code_of_mistake, contrast, distance
-from minqwen.lab.explain import IN_LAYER, explain
+from minqwen.lab.explain import contrast_page, contrast_text
+from minqwen.lab.explain import page as explain_page
+from minqwen.lab.explain import text as explain_text
+from minqwen.lab.explain.contrast import code_of_mistake, contrast, distance
+from minqwen.lab.explain.explain import IN_LAYER, explain
+from minqwen.lab.explain.sources import Code, between, statement
 from minqwen.lab.faults import FAULTS
-from minqwen.lab.sources import Code, between, statement
 from minqwen.model import Native, Qwen2, arithmetic
 from minqwen.model.qwen2 import Layer
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from support.packs import elsewhere, forge, model, one_bit, pack, prompts, sign
 
-from minqwen.lab.pack_check import Checker
-from minqwen.lab.packs import Pack
+from minqwen.lab.packs.check import Checker
+from minqwen.lab.packs.pack import Pack
 from minqwen.model import Native
 
 RUNS = ("float64", "native-float32", "native-bfloat16", "exact-float32")

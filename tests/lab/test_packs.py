@@ -14,8 +14,8 @@ from support.packs import IDS, model, pack, prompts, sign
 from minqwen import Qwen2
 from minqwen.config import ModelConfig
 from minqwen.lab.golden import digest, file_digest
-from minqwen.lab.pack_writer import Recipe, make
-from minqwen.lab.packs import MANIFEST, Pack, PackPrompt
+from minqwen.lab.packs.pack import MANIFEST, Pack, PackPrompt
+from minqwen.lab.packs.writer import Recipe, make
 from minqwen.model.trace import POINTS, point_names, point_of
 
 RUNS = {

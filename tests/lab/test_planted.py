@@ -17,9 +17,9 @@ from support.qwen2 import cast, oracle, tokens, yarn
 
 from minqwen.config import ModelConfig
 from minqwen.lab.compare import ROUNDING, rms
-from minqwen.lab.diagnosis import examine
+from minqwen.lab.diff.diagnosis import examine
+from minqwen.lab.diff.dumps import Dump
 from minqwen.lab.dump import dump
-from minqwen.lab.dumps import Dump
 from minqwen.lab.faults import FAULTS, build
 
 T = 40  # two blocks of 16, and no multiple of it

@@ -10,8 +10,8 @@ from support.checkpoints import refusal
 from support.packs import IDS, model
 
 from minqwen import Checkpoint, Qwen2
-from minqwen.lab.runs import record_streamed
-from minqwen.lab.streaming import ROW_BLOCK, StreamedModel, cut
+from minqwen.lab.packs.runs import record_streamed
+from minqwen.lab.packs.streaming import ROW_BLOCK, StreamedModel, cut
 from minqwen.model.trace import UNTRACED, select
 
 

@@ -9,7 +9,7 @@ import torch
 from minqwen import Tokenizer
 from minqwen.checkpoint import write_checkpoint
 from minqwen.config import RopeScaling
-from minqwen.lab.audit_records import Entry, Record
+from minqwen.lab.audit.records import Entry, Record
 from support.heads import random_model
 from support.paths import EMBEDDED
 

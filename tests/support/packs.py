@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from minqwen.lab.pack_writer import Recipe, make
-from minqwen.lab.packs import MANIFEST, Pack, PackPrompt, described, file_name, manifest_digest
+from minqwen.lab.packs.pack import MANIFEST, Pack, PackPrompt, described, file_name, manifest_digest
+from minqwen.lab.packs.writer import Recipe, make
 from support import checkpoints
 
 IDS = [[5, 17, 60, 2, 9, 9, 31, 44, 0, 13], [3], [8, 41, 22, 7, 50, 33, 12]]

@@ -11,7 +11,7 @@ from support.paths import EMBEDDED
 from support.tool import run_tool_here
 
 from minqwen import Checkpoint
-from minqwen.lab.explain import explain
+from minqwen.lab.explain.explain import explain
 from minqwen.lab.faults import FAULTS
 
 TEXT = "In the beginning God created"

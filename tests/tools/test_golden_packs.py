@@ -6,7 +6,7 @@ import pytest
 from support.packs import forge, model
 from support.tool import run_tool_here
 
-from minqwen.lab.packs import Pack
+from minqwen.lab.packs.pack import Pack
 
 
 @pytest.fixture

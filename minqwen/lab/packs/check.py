@@ -26,9 +26,9 @@ from torch import Tensor
 
 from minqwen.lab.compare import POINT_ROUNDING, Compared, ReversedSums, Verdict, rms
 from minqwen.lab.machine import same_bits_expected, this_machine
-from minqwen.lab.pack_writer import row_digests
-from minqwen.lab.packs import LOGITS, TOP_IDS, TOP_VALUES, Pack, described
-from minqwen.lab.runs import TRUTH, Run, Tensors, compute, find_run
+from minqwen.lab.packs.pack import LOGITS, TOP_IDS, TOP_VALUES, Pack, described
+from minqwen.lab.packs.runs import TRUTH, Run, Tensors, compute, find_run
+from minqwen.lab.packs.writer import row_digests
 
 Read = Callable[[int, str], Tensor]  # (number of the prompt, point) -> tensor
 Apart = Callable[[Tensor, Tensor, Tensor], float]  # (pack, here, reference) -> units

@@ -85,7 +85,7 @@ UNNAMED = {"resid_pre", "norm1.normalized", "norm2.normalized", "final_norm.norm
 
 
 class Candidate(Protocol):
-    """What another engine computed: several forward passes. `lab/dumps.py: Dump` is one."""
+    """What another engine computed: several forward passes. `lab/diff/dumps.py: Dump` is one."""
 
     @property
     def passes(self) -> int: ...
@@ -108,7 +108,7 @@ class Prompt(Protocol):
 
 
 class Golden(Protocol):
-    """What our own runs gave: `lab/packs.py: Pack` is one. Names are those of all its prompts."""
+    """What our own runs gave: `packs/pack.py: Pack` is one. Names are those of all its prompts."""
 
     @property
     def config(self) -> ModelConfig: ...

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minqwen.lab.audit_forced import FLOOR, Report, Rows, entries_of, forced, joined
+from minqwen.lab.audit.forced import FLOOR, Report, Rows, entries_of, forced, joined
 from minqwen.lab.compare import rms
 from minqwen.lab.faults.outputs import warped
 from minqwen.sampling.params import SamplingParams

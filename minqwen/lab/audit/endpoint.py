@@ -6,11 +6,11 @@ chat as the model's own template does.
 
 from __future__ import annotations
 
-from minqwen.lab.audit import Report, audit
-from minqwen.lab.audit_client import Endpoint
-from minqwen.lab.audit_evidence import Original
-from minqwen.lab.audit_explain import Among
-from minqwen.lab.audit_questions import TEXT, Answers, ask
+from minqwen.lab.audit.audit import Report, audit
+from minqwen.lab.audit.client import Endpoint
+from minqwen.lab.audit.evidence import Original
+from minqwen.lab.audit.explain import Among
+from minqwen.lab.audit.questions import TEXT, Answers, ask
 
 
 def audit_endpoint(

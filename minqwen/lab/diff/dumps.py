@@ -29,7 +29,15 @@ from minqwen.checks import did_you_mean, dtype_name, integer, one_of
 from minqwen.config import ModelConfig
 from minqwen.errors import DumpError
 from minqwen.files import quoted, read_json_object
-from minqwen.lab.arrays import FLOATS, INTEGERS, OF_TORCH, SUFFIXES, Stored, stored_arrays, wrong
+from minqwen.lab.diff.arrays import (
+    FLOATS,
+    INTEGERS,
+    OF_TORCH,
+    SUFFIXES,
+    Stored,
+    stored_arrays,
+    wrong,
+)
 from minqwen.model.trace import Point, canonical, every_name, hidden_state_names, point_of
 from minqwen.parallel import kv_heads_per_rank
 

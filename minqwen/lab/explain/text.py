@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from minqwen.lab.explain import Explanation, Head, Lens, Prediction, Step
-from minqwen.lab.sources import Code
+from minqwen.lab.explain.explain import Explanation, Head, Lens, Prediction, Step
+from minqwen.lab.explain.sources import Code
 
 WIDTH = 100
 STRONGEST = 5  # heads that are listed of all layers

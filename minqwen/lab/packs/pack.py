@@ -26,7 +26,7 @@ from minqwen.config import ModelConfig
 from minqwen.errors import MinqwenError, PackError
 from minqwen.files import and_more, read_json_object
 from minqwen.lab.golden import digest, file_digests
-from minqwen.lab.runs import find_run
+from minqwen.lab.packs.runs import find_run
 from minqwen.model.trace import canonical
 
 MANIFEST = "manifest.json"

@@ -26,7 +26,7 @@ from minqwen.checks import dtype_name
 from minqwen.config import ModelConfig
 from minqwen.errors import MinqwenError, TokenizerError, TraceError
 from minqwen.lab.compare import Measure, measure, pooled
-from minqwen.lab.diff import (
+from minqwen.lab.diff.diff import (
     OPERATIONS,
     Candidate,
     Explanation,

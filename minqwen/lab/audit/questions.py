@@ -14,10 +14,10 @@ from typing import Any
 from minqwen.checks import is_integer
 from minqwen.errors import MinqwenError
 from minqwen.files import quoted
-from minqwen.lab.audit_client import Endpoint, NotOffered
-from minqwen.lab.audit_evidence import Original
-from minqwen.lab.audit_pieces import LOST, Pieces
-from minqwen.lab.audit_records import Entry, Record, checked_logprob, list_of_ids
+from minqwen.lab.audit.client import Endpoint, NotOffered
+from minqwen.lab.audit.evidence import Original
+from minqwen.lab.audit.pieces import LOST, Pieces
+from minqwen.lab.audit.records import Entry, Record, checked_logprob, list_of_ids
 from minqwen.tokenizer import Tokenizer
 
 TOKENS = 300  # of the texts whose log probabilities are asked for

@@ -2,7 +2,7 @@
 
 A record is one text. The engine gave log probabilities of its own tokens, perhaps of a few more
 tokens at the same places, or it only chose its tokens greedily. Records come from an endpoint
-(lab/audit_client.py) or from a JSONL file (`read_jsonl`).
+(lab/audit/client.py) or from a JSONL file (`read_jsonl`).
 """
 
 from __future__ import annotations

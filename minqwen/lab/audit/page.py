@@ -1,4 +1,4 @@
-"""A report of lab/audit.py as text for the terminal, and as one HTML page without scripts."""
+"""A report of lab/audit/audit.py as text for the terminal, and as one HTML page without scripts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from minqwen.lab.audit import Report, Token
-from minqwen.lab.audit_explain import Tried
-from minqwen.lab.audit_pairs import Pair
+from minqwen.lab.audit.audit import Report, Token
+from minqwen.lab.audit.explain import Tried
+from minqwen.lab.audit.pairs import Pair
 from minqwen.lab.compare import ROUNDING
 
 GREEN, RED = "#1a7f37", "#b42318"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqwen.lab.audit_records import Record
+from minqwen.lab.audit.records import Record
 from minqwen.lab.compare import ReversedSums
 from minqwen.model import Native, Qwen2
 from minqwen.model.attention import causal_mask

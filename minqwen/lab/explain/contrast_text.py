@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from minqwen.lab.contrast import Contrast, First
-from minqwen.lab.explain_text import (
+from minqwen.lab.explain.contrast import Contrast, First
+from minqwen.lab.explain.text import (
     Row,
     coded,
     named,

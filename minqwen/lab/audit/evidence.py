@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minqwen.heads.view import open_weights
-from minqwen.lab.audit_forced import (
+from minqwen.lab.audit.forced import (
     FAITHFUL,
     Forced,
     Rows,
@@ -21,8 +21,8 @@ from minqwen.lab.audit_forced import (
     said,
     spreads,
 )
-from minqwen.lab.audit_printed import precision_of
-from minqwen.lab.audit_records import Record
+from minqwen.lab.audit.printed import precision_of
+from minqwen.lab.audit.records import Record
 from minqwen.lab.compare import rms
 from minqwen.lab.faults import Fault, build
 from minqwen.model import Native, Qwen2

@@ -13,7 +13,7 @@ from typing import Any
 
 from minqwen.errors import MinqwenError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 Source = Callable[..., Any] | type
 

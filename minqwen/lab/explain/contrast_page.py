@@ -6,10 +6,10 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from minqwen.lab.contrast import Contrast, First, Place
-from minqwen.lab.contrast_text import moved_heads, why_unseen
-from minqwen.lab.explain import Explanation, Prediction
-from minqwen.lab.explain_page import (
+from minqwen.lab.explain.contrast import Contrast, First, Place
+from minqwen.lab.explain.contrast_text import moved_heads, why_unseen
+from minqwen.lab.explain.explain import Explanation, Prediction
+from minqwen.lab.explain.page import (
     attention_table,
     bars,
     chip,
@@ -24,7 +24,7 @@ from minqwen.lab.explain_page import (
     sum_of_parts,
     word,
 )
-from minqwen.lab.explain_text import place, several, share
+from minqwen.lab.explain.text import place, several, share
 
 
 def as_html(it: Contrast) -> str:

@@ -3,7 +3,7 @@
 `explain` runs the model and gives an `Explanation`: each operation with its formula, its lines of
 code, its shape and some numbers; the blocks of the KV cache; what each head attends to and what it
 adds to the predicted token; the likeliest tokens after each layer. All numbers are of the last
-token, which predicts. `lab/contrast.py` puts a model with a mistake beside it.
+token, which predicts. `lab/explain/contrast.py` puts a model with a mistake beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from minqwen.checks import dtype_name
 from minqwen.config import ModelConfig
 from minqwen.engine.blocks import BlockPool
-from minqwen.lab.sources import Code, Source, between, statement
+from minqwen.lab.explain.sources import Code, Source, between, statement
 from minqwen.model import Batch, Qwen2
 from minqwen.model.activations import CONTRIBUTORS, Activations
 from minqwen.model.attention import paged_attention

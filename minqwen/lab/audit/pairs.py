@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from minqwen.errors import MinqwenError
-from minqwen.lab.audit import Report, audit
-from minqwen.lab.audit_evidence import Original, gather_evidence
-from minqwen.lab.audit_explain import Among
-from minqwen.lab.audit_records import Record
-from minqwen.lab.audit_stats import Units, block_sums, drawn, error_in_units
+from minqwen.lab.audit.audit import Report, audit
+from minqwen.lab.audit.evidence import Original, gather_evidence
+from minqwen.lab.audit.explain import Among
+from minqwen.lab.audit.records import Record
+from minqwen.lab.audit.stats import Units, block_sums, drawn, error_in_units
 
 SURE = 0.99  # of the bootstrap's samples, in which the nearer side must be the nearer one
 

@@ -2,8 +2,8 @@
 
 `audit` forces the engine's tokens on the model in float64, the truth, and on faithful
 implementations in the dtype that the engine claims. The engine's error in units of theirs says
-whether it is rounding (lab/audit_stats.py). If it is not, the catalogue of mistakes is tried
-(lab/audit_explain.py).
+whether it is rounding (lab/audit/stats.py). If it is not, the catalogue of mistakes is tried
+(lab/audit/explain.py).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 
 from minqwen.errors import MinqwenError
 from minqwen.files import printable
-from minqwen.lab.audit_evidence import Evidence, Original, gather_evidence
-from minqwen.lab.audit_explain import Among, Tried, explanations
-from minqwen.lab.audit_forced import (
+from minqwen.lab.audit.evidence import Evidence, Original, gather_evidence
+from minqwen.lab.audit.explain import Among, Tried, explanations
+from minqwen.lab.audit.forced import (
     FAITHFUL,
     FLOOR,
     forced,
     rows_of,
 )
-from minqwen.lab.audit_printed import precision_of
-from minqwen.lab.audit_records import Record, check_record
-from minqwen.lab.audit_stats import Units, error_in_units
+from minqwen.lab.audit.printed import precision_of
+from minqwen.lab.audit.records import Record, check_record
+from minqwen.lab.audit.stats import Units, error_in_units
 from minqwen.lab.compare import rms
 
 Verdict = Literal["agree", "diverge", "refused"]

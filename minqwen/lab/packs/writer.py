@@ -22,7 +22,7 @@ from minqwen.errors import PackError
 from minqwen.files import quoted, read_json_object, replacing_directory
 from minqwen.lab.golden import digest, file_digests
 from minqwen.lab.machine import this_machine
-from minqwen.lab.packs import (
+from minqwen.lab.packs.pack import (
     EMBEDDED_MODEL,
     FORMAT,
     LOGITS,
@@ -36,7 +36,7 @@ from minqwen.lab.packs import (
     is_pack_file,
     manifest_digest,
 )
-from minqwen.lab.runs import Run, Tensors, compute, find_run
+from minqwen.lab.packs.runs import Run, Tensors, compute, find_run
 from minqwen.model.qwen2 import make_arithmetic
 from minqwen.model.trace import Names, every_name, point_of, select
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minqwen.lab.compare import rms
-from minqwen.lab.explain import (
+from minqwen.lab.explain.explain import (
     AFTER,
     BEFORE,
     IN_LAYER,
@@ -30,8 +30,8 @@ from minqwen.lab.explain import (
     run,
     tell,
 )
+from minqwen.lab.explain.sources import Code, whole
 from minqwen.lab.faults import Fault
-from minqwen.lab.sources import Code, whole
 from minqwen.model import Qwen2
 from minqwen.model.trace import point_names, point_of
 

@@ -1,4 +1,4 @@
-"""A report of lab/diff.py as text, and as one HTML page without scripts.
+"""A report of lab/diff/diff.py as text, and as one HTML page without scripts.
 
 The page has the verdict, a heat map of points by layers and one of layers by tokens, the worst
 tokens with their text, and every figure.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Sequence
 
-from minqwen.lab.diff import OPERATIONS, PointReport, Report, TokenErrors, figure, limit
+from minqwen.lab.diff.diff import OPERATIONS, PointReport, Report, TokenErrors, figure, limit
 from minqwen.lab.verify_page import GREEN, RED, STYLE, strength
 from minqwen.model.trace import POINTS, point_of
 

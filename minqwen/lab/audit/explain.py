@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from minqwen.errors import MinqwenError
-from minqwen.lab.audit_evidence import TIE, Evidence, Original
-from minqwen.lab.audit_forced import Forced, Report, forced, rows_of
-from minqwen.lab.audit_records import Record
-from minqwen.lab.audit_shape import shapes
-from minqwen.lab.audit_stats import Units, error_in_units, ratio, share_of
+from minqwen.lab.audit.evidence import TIE, Evidence, Original
+from minqwen.lab.audit.forced import Forced, Report, forced, rows_of
+from minqwen.lab.audit.records import Record
+from minqwen.lab.audit.shape import shapes
+from minqwen.lab.audit.stats import Units, error_in_units, ratio, share_of
 from minqwen.lab.compare import rms
 from minqwen.lab.faults import FAULTS, Fault
 from minqwen.model import Native, Qwen2

@@ -17,7 +17,7 @@ from minqwen.checkpoint import load_pretrained
 from minqwen.checks import did_you_mean
 from minqwen.errors import PackError
 from minqwen.files import quoted
-from minqwen.lab.streaming import StreamedModel
+from minqwen.lab.packs.streaming import StreamedModel
 from minqwen.model import Native, Qwen2
 from minqwen.model.trace import Rows, TracingTap, point_of
 

@@ -9,9 +9,17 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from minqwen.lab.explain import Blocks, Explanation, Head, LayerStory, Lens, Prediction, Step
-from minqwen.lab.explain_text import place, several, share
-from minqwen.lab.sources import Code
+from minqwen.lab.explain.explain import (
+    Blocks,
+    Explanation,
+    Head,
+    LayerStory,
+    Lens,
+    Prediction,
+    Step,
+)
+from minqwen.lab.explain.sources import Code
+from minqwen.lab.explain.text import place, several, share
 
 STYLE = """
 :root{color-scheme:light dark;font-size:clamp(15px,.62vw + 8.5px,24px);
