@@ -92,10 +92,11 @@ def quantization_config(packing: Packing) -> dict[str, Any]:
 
 
 def quantise_weight(weight: Tensor, packing: Packing) -> tuple[dict[str, Tensor], float]:
-    """The parts of a weight [outputs, inputs], and the sum of the squared errors.
+    """The parts of a weight [outputs, inputs], and its relative error.
 
-    GPTQ has a g_idx too, in order, as the official files have. The error is that of the exact
-    products (q - z) * s; rounding them to float16 adds about 2^-12 of a weight.
+    GPTQ has a g_idx too, in order, as the official files have. The error is the root mean square
+    of what the weights have moved over that of the weights. It is that of the exact products
+    (q - z) * s; rounding them to float16 moves each by at most 2^-11 of itself more.
     """
     outputs, inputs = weight.shape
     shapes = packing.part_shapes(outputs, inputs)
@@ -104,12 +105,14 @@ def quantise_weight(weight: Tensor, packing: Packing) -> tuple[dict[str, Tensor]
     if packing.method == "gptq":
         parts["g_idx"] = packing.groups_of(inputs).int()
     rows = max(1, PIECE // inputs // packing.pack) * packing.pack
-    error = 0.0
+    moved = whole = 0.0
     for first in range(0, outputs, rows):
-        found = round_groups(weight[first : first + rows].float(), packing)
-        error += float(found.error.sum(dtype=torch.float64))
+        piece = weight[first : first + rows].float()
+        found = round_groups(piece, packing)
+        moved += float(found.error.sum(dtype=torch.float64))
+        whole += float(piece.square().sum(dtype=torch.float64))
         _put(parts, found, first, packing)
-    return parts, error
+    return parts, math.sqrt(moved / whole) if whole else 0.0
 
 
 def round_groups(weight: Tensor, packing: Packing) -> Rounded:
@@ -169,9 +172,9 @@ def quantise(
 ) -> dict[str, float]:
     """Write the checkpoint `src` quantised, atomically, one tensor in memory at a time.
 
-    Returns {weight: the root mean square of its error over that of the weight}. Raises
-    CheckpointError for a source that is quantised already, for sizes that do not fit words and
-    groups, and for values that float16 does not hold; dst is then as it was.
+    Returns {weight: its relative error, as in `quantise_weight`}. Raises CheckpointError for a
+    source that is quantised already, for sizes that do not fit words and groups, and for values
+    that float16 does not hold; dst is then as it was.
     """
     packing = packing_for(bits, layout, group_size)
     source = Checkpoint(src)
@@ -252,9 +255,7 @@ def _tensors(
         if not is_quantised(name):
             yield name, _in_format(tensor, name, source)
             continue
-        parts, error = quantise_weight(tensor, packing)
-        whole = float(tensor.double().square().sum())
-        errors[name] = math.sqrt(error / whole) if whole else 0.0
+        parts, errors[name] = quantise_weight(tensor, packing)
         _in_format(parts["scales"], name, source)
         for part, value in parts.items():
             yield f"{name.removesuffix('.weight')}.{part}", value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,9 +132,15 @@ class WeightDirectory:
                     "weights; fetch or export the checkpoint again"
                 )
 
-    def check_dtypes(self, allowed: dict[str, torch.dtype]) -> None:
-        """Refuse a tensor that is a scalar, or whose dtype is not one of the `allowed`."""
-        for stored in self.tensors.values():
+    def check_dtypes(
+        self, allowed: dict[str, torch.dtype], names: Iterable[str] | None = None
+    ) -> None:
+        """Refuse a tensor that is a scalar, or whose dtype is not one of the `allowed`.
+
+        names: of the tensors that are looked at (default all).
+        """
+        for name in self.tensors if names is None else names:
+            stored = self.tensors[name]
             if stored.code not in allowed or not stored.shape:
                 raise CheckpointError(
                     f"{self.path / stored.file}: tensor {quoted(stored.name)} has dtype "
@@ -344,6 +350,21 @@ class Checkpoint(WeightDirectory):
             out = torch.empty(weight.shape, dtype=dtype or weight.scales.dtype, device=device)
         return weight.dequantise(out)
 
+    def check_finite(self) -> None:
+        """As `WeightDirectory.check_finite`; of quantised weights what they are dequantised to."""
+        super().check_finite()
+        if self.packed is None:
+            return
+        for name in self.packed.parts:
+            pieces = self.packed.read(name).pieces()
+            lost = sum(int((~piece.isfinite()).sum()) for _, piece in pieces)
+            if lost:
+                raise CheckpointError(
+                    f"{self.file(name)}: {quoted(name)} has {lost} weights that are infinite once "
+                    f"they are dequantised to {self.dtype(name)}, expected finite weights; fetch "
+                    "the checkpoint again"
+                )
+
     def _words_of(self, name: str) -> PackedWeights | None:
         """Where a weight is to be had, if it is quantised."""
         return self.packed if self.packed is not None and name in self.packed else None
@@ -363,6 +384,7 @@ class Checkpoint(WeightDirectory):
         expected = self.config.parameter_shapes()
         self._check_names(expected)
         if self.packed is not None:
+            self.check_dtypes(WEIGHT_DTYPES, [n for n in expected if n not in self.packed])
             self.packed.check(expected)
             self._check_zero(self._extra_biases)
         self._check_shapes(expected)

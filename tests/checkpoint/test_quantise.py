@@ -65,7 +65,9 @@ def test_each_group_has_the_factor_with_the_smallest_error(layout, bits, monkeyp
     # The weights themselves are rounded to float16, by 2^-11 at most.
     slack = 2 * np.sqrt(best * 16) * 2**-11 * float(weight.abs().max()) + 1e-9
     assert np.all(np.abs(moved - best) <= slack + 1e-5 * best)
-    assert error == pytest.approx(best.sum(), rel=1e-5)
+    assert error == pytest.approx(np.sqrt(best.sum() / weight.square().sum().item()), rel=1e-5)
+    if layout == "gptq":  # the zero point that kernels for symmetric checkpoints take for granted
+        assert set(parts["qzeros"].flatten().tolist()) == {packing.word(2 ** (bits - 1) - 1)}
     monkeypatch.setattr("minqwen.checkpoint.quantise.PIECE", 100)  # some outputs at a time
     again, _ = quantise_weight(weight, packing)
     assert all(torch.equal(again[part], parts[part]) for part in parts)

@@ -229,6 +229,11 @@ DAMAGED = {
         lambda t: t.update({Q + ".g_idx": torch.zeros(32, dtype=torch.int32)}),
         ["unexpected tensor", "q_proj.g_idx", "awq"],
     ),
+    "a norm in whole numbers": (
+        AWQ,
+        lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
+        ["model.norm.weight", "has dtype I32"],
+    ),
     "twice": (
         GPTQ,
         lambda t: t.update({Q + ".weight": torch.zeros(48, 32).half()}),
@@ -262,6 +267,15 @@ def test_damage_is_refused_in_one_line(tmp_path, case):
     write(tmp_path / "a", config, tensors, 1)
     said = refusal(tmp_path / "a")
     assert all(part in said for part in says), said
+
+
+def test_scales_that_are_too_large_are_found_where_that_is_asked(tmp_path):
+    config = tiny(**ODD)
+    tensors = checkpoint(tmp_path / "a", config, files=1, linears=LINEARS)
+    tensors[Q + ".scales"][1, 7] = 6e4
+    write(tmp_path / "a", config, tensors, 1)
+    with pytest.raises(MinqwenError, match="q_proj.weight.* infinite once they are dequantised"):
+        Qwen2.from_pretrained(tmp_path / "a", check_finite=True)
 
 
 @pytest.mark.parametrize(
