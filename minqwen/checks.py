@@ -154,8 +154,8 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 # What people bring from transformers and vLLM, and what to do instead. {value} is what they gave.
 UNQUANTISED = (
-    "minqwen computes with unquantised weights: to save room use dtype='bfloat16' or "
-    "offload='memory'"
+    "AWQ and GPTQ checkpoints are loaded as such, and dequantised: leave it out; to save room use "
+    "dtype='bfloat16' or offload='memory'"
 )
 _ONE_WAY = "there is only one way here: leave it out"
 _NO_DOWNLOAD = "minqwen downloads nothing: give the directory of a checkpoint"

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minqwen.checkpoint import Checkpoint
+from minqwen.checkpoint.weight_files import INDEX, SINGLE
 from minqwen.checks import integer
 from minqwen.cli import Parser, check_writable, heads_flags, run
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
@@ -33,11 +35,13 @@ from minqwen.lab.planner import (
     CAPACITIES,
     CARDS,
     GB,
+    PACKINGS,
     QUANTIZATIONS,
     Card,
     Estimate,
     Fit,
     Planner,
+    uneven_groups,
     yarn_for,
 )
 from minqwen.lab.shapes import SIZES, official_config
@@ -176,11 +180,22 @@ def check_gpus(args: argparse.Namespace) -> None:
 
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
-    config = official_config(args.size) if args.size else ModelConfig.from_json(Path(args.model))
+    config = described_config(args)
     heads = (args.num_attention_heads, args.num_key_value_heads, args.head_recipe)
     if not asks_for_heads(*heads):
         return config
     return extended_config(config, asked_layout(config, *heads))
+
+
+def described_config(args: argparse.Namespace) -> ModelConfig:
+    """That of a size, or of a directory, where the weight files say what config.json does not."""
+    if args.size:
+        return official_config(args.size, quantised=args.quantization in PACKINGS)
+    path = Path(args.model)
+    config = ModelConfig.from_json(path)
+    if config.names_dtype or not any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return config
+    return config.replace(dtype=Checkpoint(path).config.dtype)
 
 
 # ---- the answers --------------------------------------------------------------------------------
@@ -230,6 +245,7 @@ def answers_for(args: argparse.Namespace, config: ModelConfig) -> list[Answer | 
 def show(args: argparse.Namespace, config: ModelConfig, answers: list[Answer | Refused]) -> None:
     found = [a for a in answers if isinstance(a, Answer)]
     show_model(args, config, found[0])
+    show_quantised(found)
     show_memory(found)
     for refused in answers:
         if isinstance(refused, Refused):
@@ -247,6 +263,28 @@ def show_model(args: argparse.Namespace, config: ModelConfig, first: Answer) -> 
         f"at most {planner.tokens:,} tokens a step"
     )
     show_yarn(config, estimate.context)
+    if args.dtype is None and not config.names_dtype:
+        print(f"note: config.json names no dtype: {planner.dtype} is assumed; --dtype says another")
+
+
+def show_quantised(found: list[Answer]) -> None:
+    """What is not plain about packed weights."""
+    for a in found:
+        packing, c = a.planner.packing, a.planner.config
+        if packing is None:
+            continue
+        if a is found[0]:
+            print(
+                "note: weights are counted as they are packed; minqwen itself computes with "
+                "dequantised ones: --quantization none counts those"
+            )
+        wider = uneven_groups(c, packing, a.estimate.size)
+        if wider is not None:
+            print(
+                f"note: {a.estimate.size} GPUs cannot share the MLP's {c.intermediate_size:,} in "
+                f"whole groups of {packing.group}, and most engines then refuse: before "
+                f"quantising, pad it with tools/heads.py extend --intermediate-size {wider}"
+            )
 
 
 def show_header(args: argparse.Namespace, planner: Planner) -> None:

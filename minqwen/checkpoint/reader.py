@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minqwen.checkpoint.quantised import PackedWeights
+from minqwen.checkpoint.quantization import Packing
 from minqwen.checkpoint.weight_files import (
     INDEX,
     PACKED_DTYPES,
@@ -36,6 +38,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PIECE_BYTES = 4 << 20
 
 _BASE_MODEL = re.compile(r"(embed_tokens|layers|norm)\.")  # how Qwen2Model, without a head, saves
+_LAYER = re.compile(r"layers\.\d+\.")
 _ROPE_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -76,6 +79,11 @@ class WeightDirectory:
 
     @property
     def names(self) -> list[str]:
+        return list(self.tensors)
+
+    @property
+    def names_in_files(self) -> list[str]:
+        """Those of a quantised checkpoint are not all names of parameters."""
         return list(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -124,9 +132,15 @@ class WeightDirectory:
                     "weights; fetch or export the checkpoint again"
                 )
 
-    def check_dtypes(self, allowed: dict[str, torch.dtype]) -> None:
-        """Refuse a tensor that is a scalar, or whose dtype is not one of the `allowed`."""
-        for stored in self.tensors.values():
+    def check_dtypes(
+        self, allowed: dict[str, torch.dtype], names: Iterable[str] | None = None
+    ) -> None:
+        """Refuse a tensor that is a scalar, or whose dtype is not one of the `allowed`.
+
+        names: of the tensors that are looked at (default all).
+        """
+        for name in self.tensors if names is None else names:
+            stored = self.tensors[name]
             if stored.code not in allowed or not stored.shape:
                 raise CheckpointError(
                     f"{self.path / stored.file}: tensor {quoted(stored.name)} has dtype "
@@ -247,33 +261,121 @@ class WeightDirectory:
 
 
 class Checkpoint(WeightDirectory):
-    """An unquantised checkpoint under canonical tensor names.
+    """A checkpoint under canonical tensor names.
 
     `model.` is added where the save of a base model left it out, `rotary_emb.inv_freq` is dropped,
     and so is `lm_head.weight` of a tied model (`check` requires it to equal the embedding).
+
+    An AWQ or GPTQ checkpoint is read as the unquantised one that it stands for: `read` dequantises,
+    and `config` is without quantization_config. `packed` then has the weights as they lie in their
+    words; it is None for all others.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
+        self.tensors = self._canonical()
+        self.packed: PackedWeights | None = None
+        self._extra_biases: list[str] = []
         quantised = self.config.quantization_config
         if quantised is not None:
-            raise CheckpointError(
-                f"{self.path / 'config.json'}: quantization_config says quant_method "
-                f"{quantised.get('quant_method')!r}, but quantised weights cannot be read; "
-                "expected the unquantised checkpoint"
-            )
-        self.tensors = self._canonical()
-        self.check_dtypes(WEIGHT_DTYPES)
+            self._unpack(Packing.read(quantised, self.path / "config.json"))
+        else:
+            self.check_dtypes(WEIGHT_DTYPES)
         self._head_copy: StoredTensor | None = None
         if self.config.tie_word_embeddings:
             self._head_copy = self.tensors.pop(HEAD, None)
 
+    def _unpack(self, packing: Packing) -> None:
+        """From now on this is the unquantised checkpoint that the words stand for."""
+        self.check_dtypes(PACKED_DTYPES)
+        self.config = self.config.replace(quantization_config=None)
+        self.packed = PackedWeights(self, packing)
+        for name in self.packed.parts:
+            if name in self.tensors:
+                raise CheckpointError(
+                    f"{self.packed.file(name)}: {quoted(name)} is there as words and as weights, "
+                    "expected one of them; remove the other"
+                )
+        # AutoGPTQ 0.7.1 and before gave every quantised layer a bias, of zeros where it has none.
+        layer = self.config.replace(num_hidden_layers=1).parameter_shapes()
+        ours = {_in_layer(name) for name in layer}
+        self._extra_biases = [
+            name
+            for name in self.tensors
+            if name.endswith(".bias")
+            and name.removesuffix("bias") + "weight" in self.packed
+            and _in_layer(name) not in ours
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters, quantised or not."""
+        if self.packed is None:
+            return super().names
+        left_out = {part for parts in self.packed.parts.values() for part in parts}
+        left_out.update(self._extra_biases)
+        return [*self.packed.parts, *(name for name in self.tensors if name not in left_out)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        packed = self._words_of(name)
+        return super().shape(name) if packed is None else packed.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        packed = self._words_of(name)
+        return super().dtype(name) if packed is None else packed.dtype(name)
+
+    def file(self, name: str) -> Path:
+        packed = self._words_of(name)
+        return super().file(name) if packed is None else packed.file(name)
+
+    def read(
+        self,
+        name: str,
+        shard: Shard | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As `WeightDirectory.read`. A quantised weight is dequantised on the device.
+
+        It is computed in the dtype of its scales (float16, usually), and converted afterwards.
+        """
+        packed = self._words_of(name)
+        if packed is None:
+            return super().read(name, shard, dtype, device, out)
+        if shard is not None:
+            self._check_slice(name, shard)
+        weight = packed.read(name, shard, device if out is None else out.device)
+        if out is None:
+            out = torch.empty(weight.shape, dtype=dtype or weight.scales.dtype, device=device)
+        return weight.dequantise(out)
+
+    def check_finite(self) -> None:
+        """As `WeightDirectory.check_finite`; of quantised weights what they are dequantised to."""
+        super().check_finite()
+        if self.packed is None:
+            return
+        for name in self.packed.parts:
+            pieces = self.packed.read(name).pieces()
+            lost = sum(int((~piece.isfinite()).sum()) for _, piece in pieces)
+            if lost:
+                raise CheckpointError(
+                    f"{self.file(name)}: {quoted(name)} has {lost} weights that are infinite once "
+                    f"they are dequantised to {self.dtype(name)}, expected finite weights; fetch "
+                    "the checkpoint again"
+                )
+
+    def _words_of(self, name: str) -> PackedWeights | None:
+        """Where a weight is to be had, if it is quantised."""
+        return self.packed if self.packed is not None and name in self.packed else None
+
     def check(self) -> None:
         """Compare names and shapes with config.parameter_shapes(), and the values that are known.
 
-        Known are a tied head, which equals the embedding, and o_proj.bias, which is zero.
+        Known are a tied head, which equals the embedding, and biases that Qwen2 does not have,
+        which are zero.
         """
-        layers, found = self.config.num_hidden_layers, len(self.tensors)
+        layers, found = self.config.num_hidden_layers, len(self.names)
         if layers > found:  # before a table of that many layers is built
             raise CheckpointError(
                 f"{self.path / 'config.json'}: num_hidden_layers is {layers}, expected fewer than "
@@ -281,9 +383,14 @@ class Checkpoint(WeightDirectory):
             )
         expected = self.config.parameter_shapes()
         self._check_names(expected)
+        if self.packed is not None:
+            self.check_dtypes(WEIGHT_DTYPES, [n for n in expected if n not in self.packed])
+            self.packed.check(expected)
+            self._check_zero(self._extra_biases)
         self._check_shapes(expected)
         self._check_head_copy()
-        self._check_output_biases(expected)
+        # A Llama config lists this bias and Qwen2 has none: the same only if it is zero.
+        self._check_zero([name for name in expected if name.endswith(".o_proj.bias")])
 
     def _canonical(self) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}
@@ -301,18 +408,19 @@ class Checkpoint(WeightDirectory):
         return found
 
     def _check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
-        extra = [name for name in self.tensors if name not in expected]
+        names = dict.fromkeys(self.names)
+        extra = [name for name in names if name not in expected]
         if extra:
             raise CheckpointError(
                 f"{self.file(extra[0])}: unexpected tensor {quoted(extra[0])}{and_more(extra)}, "
                 f"expected only the {len(expected)} that config.json describes; fix the one or "
                 "the other"
             )
-        missing = [name for name in expected if name not in self.tensors]
+        missing = [name for name in expected if name not in names]
         if missing:
             raise CheckpointError(
                 f"{self.path}: tensor {quoted(missing[0])} is missing{and_more(missing)}; found "
-                f"{len(self.tensors)} of the {len(expected)} that config.json describes; fetch "
+                f"{len(names)} of the {len(expected)} that config.json describes; fetch "
                 "the checkpoint again or fix it"
             )
 
@@ -335,11 +443,16 @@ class Checkpoint(WeightDirectory):
                 "false if the head is meant"
             )
 
-    def _check_output_biases(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """A Llama config lists this bias and Qwen2 has none: the same only if it is zero."""
-        for name in expected:
-            if name.endswith(".o_proj.bias") and self.read(name).any():
+    def _check_zero(self, biases: list[str]) -> None:
+        """Biases that Qwen2 does not have change nothing if they are zero."""
+        for name in biases:
+            if self.read(name).any():
                 raise CheckpointError(
                     f"{self.file(name)}: tensor {quoted(name)} is not zero, expected zeros, since "
                     "Qwen2 has no such bias; this is another model and cannot be read"
                 )
+
+
+def _in_layer(name: str) -> str:
+    """The name of a parameter without its layer's number."""
+    return _LAYER.sub("layers.", name)

@@ -289,6 +289,8 @@ def write_fields(raw: Json, fields: Json) -> dict[str, Any]:
     for key in ("bos_token_id", "pad_token_id", "quantization_config"):
         if key in d or fields[key] is not None:
             d[key] = copy.deepcopy(fields[key])
+    if fields["quantization_config"] is None:
+        d.pop("quantization_config", None)  # null is no word for "unquantised" everywhere
     _write_eos(d, fields["eos_token_id"])
     for key in _names_in(d, "dtype", "torch_dtype") or ["torch_dtype"]:
         d[key] = fields["dtype"]

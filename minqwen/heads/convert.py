@@ -47,6 +47,11 @@ def extend(
     """
     to.check()
     source = Checkpoint(src)
+    if source.packed is not None:
+        raise HeadsError(
+            f"{src}: is quantised ({source.packed.packing}), expected an unquantised checkpoint; "
+            "heads.packed.extend_packed moves the words"
+        )
     source.check()
     refuse_extended(src)
     config = extended_config(source.config, to, arch)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minqwen.checkpoint.quantization import PROJECTIONS, REQUANTISE, PackedCheckpoint, Packing
+from minqwen.checkpoint.packed import PackedCheckpoint
+from minqwen.checkpoint.quantised import PARTS
+from minqwen.checkpoint.quantization import PROJECTIONS, REQUANTISE, Packing
 from minqwen.checkpoint.weight_files import DTYPES, MAX_FILE_BYTES, TensorSpec
 from minqwen.checkpoint.writer import write_directory
 from minqwen.config import ModelConfig
@@ -32,7 +34,6 @@ from minqwen.heads.manifest import (
 )
 from minqwen.heads.tensors import Blocks, extend_tensor, place, sha256, shrink_tensor, suffix
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 PER_GROUP = ("qzeros", "scales")  # parts that have a row for each group of inputs
 
 

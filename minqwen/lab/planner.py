@@ -167,6 +167,18 @@ class WeightFormat:
         return packed_bytes(self.packing, outputs, inputs, all_inputs)
 
 
+def uneven_groups(config: ModelConfig, packing: Packing, size: int) -> int | None:
+    """The next MLP size whose groups `size` GPUs can share evenly; None if they can share these.
+
+    minqwen's ranks may hold parts of a group. Engines that compute with packed weights usually
+    refuse the degree instead, until the MLP is padded with zeros, as Qwen padded the 72B's.
+    """
+    width, unit = config.intermediate_size, size * packing.group
+    if packing.group == -1 or width % unit == 0:
+        return None
+    return -(-width // unit) * unit
+
+
 def packed_bytes(packing: Packing, outputs: int, inputs: range, all_inputs: int) -> int:
     """Bytes of an AWQ or GPTQ weight (`checkpoint/quantization.py` has the layouts).
 
@@ -247,7 +259,8 @@ class Planner:
         self.block_size = integer("block_size", block_size, 1)
         self.device, self.copies_products = device, copies_products
         item = BYTES_PER_ELEMENT[self.dtype]
-        self.quantization = WeightFormat.of(config, item, quantization).name
+        form = WeightFormat.of(config, item, quantization)
+        self.quantization, self.packing = form.name, form.packing
         ranks = rank_weights(config, size, self.dtype, quantization)
         held_by = [sum(held.values()) for held in ranks]
         self.weights, self.weights_of_all_ranks = max(held_by), sum(held_by)

@@ -23,13 +23,22 @@ SIZES = {
     "72B": (8192, 29568, 80, 64, 8, 152064, False),
 }
 
+# Of quantised checkpoints, where it is another: Qwen padded this MLP with zeros, from 231 groups
+# of 128 to 232, of which 8 GPUs get whole ones. All other official checkpoints are as they were.
+QUANTISED_INTERMEDIATE = {"72B": 29696}
+
 PERIOD = 16_777_213  # numbers that are drawn, after which they repeat: a prime
 STD = 0.02  # initializer_range of the official configs
 
 
-def official_config(size: str) -> ModelConfig:
-    """The config.json of an official Instruct size, e.g. "7B"."""
+def official_config(size: str, quantised: bool = False) -> ModelConfig:
+    """The config.json of an official Instruct size, e.g. "7B".
+
+    quantised: with the sizes of its AWQ and GPTQ checkpoints; the rest is the unquantised one's.
+    """
     D, I, L, H, K, V, tied = SIZES[size]
+    if quantised:
+        I = QUANTISED_INTERMEDIATE.get(size, I)
     return ModelConfig.from_dict(
         {
             "architectures": ["Qwen2ForCausalLM"],

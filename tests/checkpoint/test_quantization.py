@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.quantised import AWQ, GPTQ, GPTQ8, KINDS, checkpoint, tiny
 
-from minqwen.checkpoint.quantization import PackedCheckpoint, Packing
+from minqwen.checkpoint.packed import PackedCheckpoint
+from minqwen.checkpoint.quantization import Packing
 from minqwen.errors import CheckpointError, MinqwenError
 
 

@@ -11,7 +11,6 @@ from support.checkpoints import refusal
 from support.forked import forked
 from support.heads import random_model
 from support.paths import DATA, EMBEDDED, ROOT
-from support.quantised import AWQ, checkpoint
 from support.ranks import on_ranks
 
 from minqwen import LLM, ModelConfig, Qwen2, SamplingParams
@@ -133,20 +132,7 @@ def test_a_degree_that_cannot_work_names_the_flag_that_helps(embedded):
     check_degree(open_weights(embedded, 32).config, 16)
 
 
-def test_quantised_checkpoints_and_adapters_are_refused_by_name(tmp_path):
-    config = ModelConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        dtype="float16",
-        quantization_config=AWQ | {"group_size": 16},
-    )
-    checkpoint(tmp_path / "awq", config)
-    refusal(lambda: open_weights(tmp_path / "awq", 6), "'awq'", "quantised")
+def test_adapters_are_refused_by_name(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     refusal(lambda: open_weights(tmp_path / "lora", 6), "LoRA adapter", "extend-adapter")

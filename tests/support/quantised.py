@@ -23,6 +23,7 @@ KINDS = {
     "gptq4_act": ACT,
 }
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEARS = (*PROJECTIONS, "gate_proj", "up_proj", "down_proj")  # what official checkpoints quantise
 
 
 def dequantise(parts: dict, quant: dict) -> torch.Tensor:
@@ -80,7 +81,13 @@ def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def tiny(
-    H: int = 3, K: int = 1, d: int = 16, group: int = 16, hidden: int = 32, quant: dict = GPTQ
+    H: int = 3,
+    K: int = 1,
+    d: int = 16,
+    group: int = 16,
+    hidden: int = 32,
+    quant: dict = GPTQ,
+    width: int = 24,
 ) -> ModelConfig:
     return ModelConfig.from_dict(
         dict(
@@ -90,7 +97,7 @@ def tiny(
             max_position_embeddings=64,
             vocab_size=61,
             hidden_size=hidden,
-            intermediate_size=24,
+            intermediate_size=width,
             eos_token_id=0,
             num_hidden_layers=2,
             num_attention_heads=H,
@@ -105,17 +112,26 @@ def tiny(
     )
 
 
-def checkpoint(path: Path, config: ModelConfig, files: int = 2) -> dict[str, torch.Tensor]:
+def checkpoint(
+    path: Path, config: ModelConfig, files: int = 2, linears: tuple[str, ...] = PROJECTIONS
+) -> dict[str, torch.Tensor]:
+    """Write a random checkpoint in which these layers are quantised; its tensors."""
     quant, g = config.quantization_config, torch.Generator().manual_seed(1)
     tensors = {}
     for i, (name, shape) in enumerate(config.parameter_shapes().items()):
         stem, _, part = name.rpartition(".")
-        if part == "weight" and stem.endswith(PROJECTIONS):
+        if part == "weight" and stem.endswith(linears):
             parts = quantised(shape[1], shape[0], quant["group_size"], quant, i)
             tensors |= {f"{stem}.{p}": t for p, t in parts.items()}
         else:
             tensors[name] = (torch.randn(shape, generator=g) * 0.3 + ("norm" in name)).half()
     path.mkdir()
+    write(path, config, tensors, files)
+    return tensors
+
+
+def write(path: Path, config: ModelConfig, tensors: dict[str, torch.Tensor], files: int) -> None:
+    """config.json, what lies beside it, and the tensors in so many files."""
     (path / "config.json").write_text(json.dumps(config.to_dict()))
     (path / "quantize_config.json").write_text("{}")
     (path / "tokenizer.json").write_text("{}")
@@ -128,7 +144,6 @@ def checkpoint(path: Path, config: ModelConfig, files: int = 2) -> dict[str, tor
     (path / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
-    return tensors
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,8 @@ import sys
 from typing import Any
 
 import pytest
+from support.checkpoints import tiny, write
+from support.paths import DATA
 from support.tool import run_tool, run_tool_here
 
 from minqwen.lab.choices import Comparison, choices
@@ -166,3 +168,48 @@ def test_a_plot_that_matplotlib_cannot_write_is_one_line(tmp_path):
 def test_the_script_runs_as_a_program():
     done = run_tool("plan.py", "--size", "7B", "--tp", 4)
     assert done.code == 0 and "GB per GPU" in done.out and not done.err
+
+
+# ---- quantised ----------------------------------------------------------------------------------
+
+
+def test_the_quantised_72b_has_the_width_of_its_checkpoints():
+    official = json.loads((DATA / "configs.json").read_text())
+    changes = official["relatives"]["Qwen/Qwen2.5-72B-Instruct-AWQ"]["changes"]
+    config = official_config("72B", quantised=True)
+    assert config.intermediate_size == changes["intermediate_size"]
+    for kind, width in (("awq", 29696), ("gptq-int8", 29696), ("int8", 29568), ("none", 29568)):
+        found = answers("--size", "72B", "--tp", 8, "--quantization", kind)[0]
+        expected = Planner(
+            official_config("72B").replace(intermediate_size=width), 8, quantization=kind
+        )
+        assert found["weights"] == expected.weights
+
+
+def test_groups_that_gpus_cannot_share_are_told_with_the_width_that_they_can():
+    seven = ("--size", "7B", "--num-attention-heads", 32, "--quantization", "awq", "--tp")
+    done = run_tool_here("plan.py", *seven, 8)
+    assert "8 GPUs cannot share the MLP's 18,944 in whole groups of 128" in done.out
+    assert "--intermediate-size 19456" in done.out and 19456 % (8 * 128) == 0
+    assert "dequantised" in done.out
+    assert "cannot share" not in run_tool_here("plan.py", *seven, 4).out
+    assert "note" not in run_tool_here("plan.py", *seven[:4], "--tp", 8).out
+
+
+def test_7b_in_int4_fits_a_24_gb_card_with_32k_of_context():
+    found = answers("--size", "7B", "--quantization", "awq", "--dtype", "float16", "--tp", 1,
+                    "--context", 32768, "--gpu-memory", 24)[0]  # fmt: skip
+    assert found["cards_gb"]["24"]["fits"] and found["cards_gb"]["24"]["largest_batch"] >= 2
+
+
+def test_a_config_without_a_dtype_has_that_of_its_files(tmp_path):
+    write(tmp_path / "a", tiny(dtype="bfloat16"))
+    for directory in ("a", "b"):
+        raw = tiny().to_dict()
+        del raw["torch_dtype"]
+        (tmp_path / directory).mkdir(exist_ok=True)
+        (tmp_path / directory / "config.json").write_text(json.dumps(raw))
+    assert answers(tmp_path / "a", "--tp", 1)[0]["dtype"] == "bfloat16"
+    assert "no dtype" not in run_tool_here("plan.py", tmp_path / "a", "--tp", 1).out
+    alone = run_tool_here("plan.py", tmp_path / "b", "--tp", 1).out
+    assert "config.json names no dtype: float32 is assumed" in alone
