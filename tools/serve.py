@@ -35,9 +35,9 @@ from minqwen.errors import MinqwenError, is_first_rank, warn
 try:
     from minqwen.serve.fingerprint import system_fingerprint, weights_digest
     from minqwen.serve.limits import Limits
-    from minqwen.serve.loop import follow
     from minqwen.serve.server import bound, ignore_signals, is_loopback, serve
     from minqwen.serve.service import Service
+    from minqwen.serve.worker import follow, warm_up
 except ModuleNotFoundError as missing:
     say_mistake(f'a server needs {missing.name}: pip install "minqwen[serve]"')
     sys.exit(2)
@@ -137,12 +137,13 @@ def main() -> int:
             seed=args.seed,
             progress=True,
         )
+    warm_up(llm)
     if listener is None or digest is None:
         ignore_signals()
         follow(llm)
         return 0
     fingerprint = system_fingerprint(digest.result(), llm.config, args.arithmetic, llm.model.dtype)
-    service = Service(llm, args.served_model_name, limits, fingerprint)
+    service = Service(llm, args.served_model_name, limits, fingerprint, args.seed)
     serve(service, listener, api_key=args.api_key, hosts=args.allowed_host, grace=args.grace)
     return 0
 

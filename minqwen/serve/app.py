@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minqwen.checks import did_you_mean
 from minqwen.errors import MinqwenError
-from minqwen.files import quoted
+from minqwen.files import printable, quoted
 from minqwen.sampling.params import OF_OTHERS
 from minqwen.serve.chat import Chat
 from minqwen.serve.completions import Completions
@@ -174,9 +174,9 @@ async def events_of(call: Completions | Chat, ticket: Ticket) -> AsyncIterator[s
     """The stream: a line of JSON for each chunk. An error in its midst is a chunk too."""
     try:
         async for piece in call.pieces(ticket):
-            yield event(json.dumps(piece, ensure_ascii=False, allow_nan=False))
+            yield event(json.dumps(piece, allow_nan=False))
     except ApiError as error:
-        yield event(json.dumps(error.body(), ensure_ascii=False))
+        yield event(json.dumps(error.body()))
     yield event("[DONE]")
 
 
@@ -292,7 +292,7 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
     elif name == "prompt":
         expected = "expected text, a list of texts, token ids, or lists of token ids"
         message = f"prompt: {expected}"
-    return ApiError(400, message, param=name or None)
+    return ApiError(400, message, param=printable(name) or None)
 
 
 class BodyLimit:

@@ -8,7 +8,7 @@ from typing import Any
 from minqwen.engine.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprobs
 from minqwen.serve.answers import Heading, Spelling, Usage, chat_logprobs, prompt_logprobs
 from minqwen.serve.front import Ticket
-from minqwen.serve.loop import Begun
+from minqwen.serve.reports import Begun
 from minqwen.serve.requests import ChatRequest
 from minqwen.serve.tool_calls import CallParser, CallPiece, Piece
 from minqwen.tokenizer import Tokenizer

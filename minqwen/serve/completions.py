@@ -15,7 +15,7 @@ from minqwen.serve.answers import (
     text_logprobs,
 )
 from minqwen.serve.front import Ticket
-from minqwen.serve.loop import Begun
+from minqwen.serve.reports import Begun
 from minqwen.serve.requests import CompletionRequest
 from minqwen.tokenizer import Tokenizer
 

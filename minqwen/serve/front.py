@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from minqwen.engine.outputs import Delta, RequestOutput
 from minqwen.serve.errors import ApiError
 from minqwen.serve.limits import Limits
-from minqwen.serve.loop import Accepted, Begun, EngineLoop, Event, Failed
+from minqwen.serve.loop import EngineLoop
 from minqwen.serve.orders import Job
+from minqwen.serve.reports import Accepted, Begun, Event, Failed
 
 
 class Ticket:

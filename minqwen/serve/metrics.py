@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from minqwen.engine.outputs import RequestOutput
-from minqwen.engine.scheduler import Scheduler
+from minqwen.serve.reports import State
 
 # Seconds: from a step on a small GPU to a long prompt on a CPU.
 TO_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -32,33 +32,36 @@ class Metrics:
         self.cached = Counter(
             "minqwen_cached_prompt_tokens", "Prompt tokens that the prefix cache had", **at
         )
-        self.preemptions = Counter(
-            "minqwen_preemptions", "Completions that lost their blocks and began again", **at
-        )
-        self.steps = Counter("minqwen_steps", "Turns of the engine's loop", **at)
-        self.running = Gauge("minqwen_running", "Completions in the engine's steps", **at)
-        self.waiting = Gauge("minqwen_waiting", "Completions that wait for blocks or a place", **at)
-        self.blocks_used = Gauge("minqwen_blocks_used_ratio", "Share of the cache in use", **at)
         self.to_first_token = Histogram(
             "minqwen_time_to_first_token_seconds", "From arrival", buckets=TO_FIRST_TOKEN, **at
         )
         self.per_token = Histogram(
             "minqwen_time_per_token_seconds", "After the first token", buckets=PER_TOKEN, **at
         )
-        self._preemptions_told = 0
+        self.steps = Counter("minqwen_steps", "Turns of the engine's loop", **at)
+        at["labelnames"] = ["replica"]
+        self.running = Gauge("minqwen_running", "Completions in the engine's steps", **at)
+        self.waiting = Gauge("minqwen_waiting", "Completions that wait for blocks or a place", **at)
+        self.blocks_used = Gauge("minqwen_blocks_used_ratio", "Share of the cache in use", **at)
+        self.preemptions = Counter(
+            "minqwen_preemptions", "Completions that lost their blocks and began again", **at
+        )
+        self._preemptions_told: dict[int, int] = {}
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
-    def after_step(self, scheduler: Scheduler) -> None:
-        """The state of the engine after a step."""
-        self.steps.inc()
-        self.running.set(len(scheduler.running))
-        self.waiting.set(len(scheduler.waiting))
-        pool = scheduler.pool
-        self.blocks_used.set(1 - pool.num_free / pool.num_blocks)
-        self.preemptions.inc(scheduler.num_preemptions - self._preemptions_told)
-        self._preemptions_told = scheduler.num_preemptions
+    def after_step(self, replica: int, state: State) -> None:
+        """The state of a replica's engine after a step, which all replicas make together."""
+        label = str(replica)
+        if replica == 0:
+            self.steps.inc()
+        self.running.labels(label).set(state.running)
+        self.waiting.labels(label).set(state.waiting)
+        self.blocks_used.labels(label).set(state.blocks_used)
+        told = self._preemptions_told.get(replica, 0)
+        self.preemptions.labels(label).inc(state.preemptions - told)
+        self._preemptions_told[replica] = state.preemptions
 
     def finished(self, output: RequestOutput) -> None:
         """A prompt and all its completions are finished."""

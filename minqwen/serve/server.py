@@ -124,6 +124,9 @@ def serve(
         print(f"serving {service.name} at http://{shown}:{port}", file=sys.stderr, flush=True)
         try:
             service.loop.run()
+        except KeyboardInterrupt:  # the second signal
+            server.uvicorn.force_exit = True
+            raise
         finally:
             server.end()
             server.join()

@@ -32,18 +32,24 @@ class Service:
     """One model for many clients.
 
     The LLM's engine belongs to the thread that runs `loop`; here only its tokenizer and its sizes
-    are used. fingerprint: of the weights and the arithmetic, in every answer.
+    are used. fingerprint: of the weights and the arithmetic, in every answer. seed: as in
+    `EngineLoop`.
     """
 
     def __init__(
-        self, llm: LLM, name: str | None = None, limits: Limits | None = None, fingerprint: str = ""
+        self,
+        llm: LLM,
+        name: str | None = None,
+        limits: Limits | None = None,
+        fingerprint: str = "",
+        seed: int | None = None,
     ):
         if llm.tokenizer is None:
             raise MinqwenError("a server needs a tokenizer: this LLM was made without one")
         self.llm, self.tokenizer, self.name = llm, llm.tokenizer, name or llm.name
         self.limits, self.fingerprint = limits or Limits(), fingerprint
         self.metrics = Metrics()
-        self.loop = EngineLoop(llm, self.metrics, self.limits.queue_seconds)
+        self.loop = EngineLoop(llm, self.metrics, self.limits.queue_seconds, seed=seed)
         self.front = Front(self.loop, self.limits)
         self.created = int(time.time())
         self.vocab_size, self.max_model_len = llm.config.vocab_size, llm.max_model_len

@@ -9,10 +9,12 @@ from support.engine import PROMPTS, idle
 from support.ranks import on_ranks
 from support.serving import NAME, engine, served
 
-from minqwen import Qwen2, SamplingParams
+from minqwen import Mesh, Qwen2, SamplingParams
 from minqwen.serve.errors import ApiError
-from minqwen.serve.loop import EngineLoop, Failed, follow
-from minqwen.serve.orders import Job
+from minqwen.serve.loop import EngineLoop
+from minqwen.serve.orders import Job, Orders
+from minqwen.serve.reports import Failed, joined
+from minqwen.serve.worker import Worker, assigned, follow
 
 SAMPLED = {"max_tokens": 5, "temperature": 1.0, "logprobs": 2, "ignore_eos": True}
 
@@ -77,3 +79,74 @@ def test_exact_answers_do_not_depend_on_who_else_is_served(exact, embedded_token
         beside = [pool.submit(answer) for _ in range(2)]
         assert all(found.result() == alone for found in beside)
         assert all(found.result()["token_ids"] for found in crowd)
+
+
+# ---- replicas -----------------------------------------------------------------------------------
+
+
+def test_a_job_goes_where_its_prefix_is_and_then_where_least_runs():
+    assert assigned([[5, 0, 3], [0, 0, 2]]) == [1, 0]
+    assert assigned([[0, 0, 0, 0], [1, 0, 0, 0]]) == [0, 0, 1]
+    assert assigned([[9, 1], [0, 0]]) == [0]
+
+
+def test_reports_come_back_from_bytes_as_they_were(exact, embedded_tokenizer):
+    llm = engine(exact, embedded_tokenizer)
+    worker = Worker(llm)
+    wanted = params(max_tokens=2, prompt_logprobs=1)
+    jobs = [Job("a", [5, 6, 7], wanted), Job("b", [5, 9999], wanted)]
+    for orders in (Orders(jobs, []), Orders([], [])):
+        (report,) = worker.turn(orders)
+        (back,) = joined([b"", report.to_bytes()])
+        assert [repr(event) for event in back.events if not isinstance(event, Failed)] == [
+            repr(event) for event in report.events if not isinstance(event, Failed)
+        ]
+        failed = [event.error.body() for event in report.events if isinstance(event, Failed)]
+        assert failed == [event.error.body() for event in back.events if isinstance(event, Failed)]
+        assert (back.waiting, back.state) == (report.waiting, report.state)
+
+
+def test_two_replicas_share_the_jobs(exact, embedded, embedded_tokenizer):
+    """Each has half of them, and what is asked again goes where its prefix is cached."""
+    prompts = [embedded_tokenizer.encode(prompt) * 3 for prompt in PROMPTS[:2]]
+
+    def serve(world):
+        mesh = Mesh()
+        mesh.world, mesh.replica, mesh.replicas = world, world.rank, world.size
+        model = Qwen2.from_pretrained(embedded, dtype="float32", arithmetic="exact", mesh=mesh)
+        llm = engine(model, embedded_tokenizer)
+        if world.rank:
+            follow(llm)
+            return idle(llm)
+        loop, outputs, failed = EngineLoop(llm), [], []
+
+        def listen(event):
+            if isinstance(event, Failed):
+                failed.append(event.request_id)
+            if getattr(event, "output", None):
+                outputs.append(event.output)
+                if len(outputs) == 2:  # again, the other way round
+                    for i in (1, 0):
+                        loop.submit(Job(f"again {i}", prompts[i], params(seed=i)), listen)
+            if len(outputs) == 4:
+                loop.end()
+
+        loop.submit(Job("wrong", prompts[0], params(logit_bias={9999: 1})), listen)
+        for i in (0, 1):
+            loop.submit(Job(str(i), prompts[i], params(seed=i)), listen)
+        loop.run()
+        return outputs, failed, idle(llm), loop.metrics.text().decode()
+
+    (outputs, failed, clean, metrics), follower_clean = on_ranks(2, serve)
+    assert clean and follower_clean and failed == ["wrong"]
+    alone = engine(exact, embedded_tokenizer)
+    found = {output.request_id: output for output in outputs}
+    for i, prompt in enumerate(prompts):
+        (expected,) = alone.generate([prompt], params(seed=i), use_tqdm=False)
+        for name, cached in ((str(i), False), (f"again {i}", True)):
+            got = found[name].outputs[0]
+            assert got.token_ids == expected.outputs[0].token_ids
+            assert got.logprobs == expected.outputs[0].logprobs
+            assert (found[name].num_cached_tokens > 0) == cached
+    for replica in (0, 1):
+        assert f'minqwen_running{{replica="{replica}"}} 0.0' in metrics

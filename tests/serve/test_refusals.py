@@ -196,7 +196,7 @@ def test_metrics_count_what_was_served(llm):
     assert values["minqwen_cached_prompt_tokens_total"] == "16.0"
     assert values['minqwen_refused_total{status="400"}'] == "1.0"
     assert values["minqwen_time_to_first_token_seconds_count"] == "2.0"
-    assert values["minqwen_running"] == "0.0"
+    assert values['minqwen_running{replica="0"}'] == "0.0"
 
 
 def test_prefixes_are_shared_only_under_the_same_salt(server):

@@ -60,6 +60,7 @@ def test_it_serves_until_it_is_told_to_end(embedded):
         (["--max-requests", "0"], "--max-requests is 0"),
         (["--api-key", ""], "is empty"),
         (["--model", "nowhere"], "no such directory"),
+        (["--tensor-parallel-size", "2"], "torchrun --nproc-per-node 2"),
         (["--block-size", "0"], "block_size"),
         (["--hots", "x"], "did you mean '--host'"),
     ],
