@@ -134,6 +134,7 @@ def serve(
 
 @contextlib.contextmanager
 def signals_end(server: Server) -> Iterator[None]:
+    """The first signal lets the server end, a second one raises KeyboardInterrupt."""
     came: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -143,9 +144,12 @@ def signals_end(server: Server) -> Iterator[None]:
         server.end()
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
+    # Under torchrun the watch reads signals here, and ends the process two seconds after one.
+    watched = signal.set_wakeup_fd(-1)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(watched)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.engine import PROMPTS, idle
+from support.forked import forked
 from support.ranks import on_ranks
 from support.serving import NAME, engine, served
 
@@ -79,6 +80,61 @@ def test_exact_answers_do_not_depend_on_who_else_is_served(exact, embedded_token
         beside = [pool.submit(answer) for _ in range(2)]
         assert all(found.result() == alone for found in beside)
         assert all(found.result()["token_ids"] for found in crowd)
+
+
+SERVER = """
+import os, signal, threading, time
+import httpx, torch
+from minqwen import LLM
+from minqwen.serve.server import bound, ignore_signals, serve
+from minqwen.serve.service import Service
+from minqwen.serve.worker import follow
+
+llm = LLM(max_model_len=64, num_blocks=64, dtype="float32")
+ranks = llm.mesh.all_gather(torch.tensor([os.getpid()])).tolist()
+listener = bound("127.0.0.1", 0)
+asked = {"prompt": "And", "max_tokens": 6, "ignore_eos": True, "stream": True}
+
+def read(response):
+    lines = response.iter_lines()
+    next(lines)
+    for rank in ranks:
+        os.kill(rank, signal.SIGTERM)
+    time.sleep(2.5)  # the watch ends a process two seconds after a signal
+    stepping.set()
+    *_, last = [line for line in lines if line]
+    os.write(1, last.encode())
+
+def ask():
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+    transport = httpx.HTTPTransport(retries=100)  # until the server listens
+    with httpx.Client(transport=transport, timeout=120) as client:
+        with client.stream("POST", url, json=asked) as response:
+            read(response)
+
+if llm.mesh.rank:
+    ignore_signals()
+    follow(llm)
+else:
+    stepping, step, made = threading.Event(), llm.step, []
+    def slow_step():
+        if llm.has_unfinished_requests:
+            made.append(1)
+            if len(made) == 3:
+                stepping.wait()
+        return step()
+    llm.step = slow_step
+    client = threading.Thread(target=ask)
+    client.start()
+    serve(Service(llm), listener)
+    client.join()
+"""
+
+
+def test_a_signal_to_all_ranks_lets_them_finish_what_runs():
+    done = forked(2, SERVER)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("data: [DONE]")
 
 
 # ---- replicas -----------------------------------------------------------------------------------
