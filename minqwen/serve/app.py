@@ -58,7 +58,12 @@ def make_app(
     by which clients may call the server, so that no page in a browser can reach it by a name of its
     own; ["*"]: any. health_seconds: how long the engine may take to begin a step.
     """
-    app = FastAPI(title="minqwen", description="OpenAI's API, and some of vLLM's, over minqwen.")
+    app = FastAPI(
+        title="minqwen",
+        description="OpenAI's API, and some of vLLM's, over minqwen.",
+        docs_url=None,  # FastAPI's pages fetch scripts from elsewhere
+        redoc_url=None,
+    )
     guarded = [Depends(key_check(api_key))]
     add_handlers(app, service)
     add_generation(app, service, guarded)

@@ -11,7 +11,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from minqwen.engine.llm import LLM
@@ -162,8 +162,8 @@ class EngineLoop:
                 orders.aborts.append(request_id)
                 self._drop([request_id], error)
 
-    def _take_reports(self, reports: Iterable[Report]) -> None:
-        """Tell the listeners, and count."""
+    def _take_reports(self, reports: Sequence[Report]) -> None:
+        """Tell the listeners, and count. The reports are in the order of the replicas."""
         self._waiting = [request_id for report in reports for request_id in report.waiting]
         for place, report in enumerate(reports):
             for event in report.events:

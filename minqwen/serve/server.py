@@ -61,6 +61,8 @@ class Server:
             access_log=False,
             timeout_graceful_shutdown=int(grace) + AFTER_GRACE,
             server_header=False,
+            lifespan="off",
+            ws="none",
         )
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self._serve, name="minqwen-serve", daemon=True)
