@@ -22,6 +22,12 @@ from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.heads.layout import RECIPES
 from minqwen.parallel import Mesh
 
+ENGINE_FLAGS = (
+    *("max_model_len", "block_size", "gpu_memory_utilization", "max_num_seqs"),
+    *("max_num_batched_tokens", "enable_prefix_caching"),
+    *("trust_remote_code", "enforce_eager", "swap_space"),
+)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake in one line, with the flag that was probably meant.
@@ -143,6 +149,44 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         "offload": args.offload,
         "check_finite": args.check_finite,
     }
+
+
+def engine_flags(parser: argparse.ArgumentParser) -> None:
+    """vLLM's flags of the engine. Those that are not given are not in the arguments."""
+    group = parser.add_argument_group("engine", argument_default=argparse.SUPPRESS)
+    add = group.add_argument
+    add("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output")
+    add("--block-size", type=int, metavar="N", help="tokens per block of the cache (default: 16)")
+    add("--gpu-memory-utilization", type=float, metavar="X", help="share of a GPU (default: 0.9)")
+    add("--max-num-seqs", type=int, metavar="N", help="most sequences of a step (default: 64)")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of a step (default: 2048)",
+    )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="share keys and values of common prefixes (default: yes)",
+    )
+    for flag in ("--trust-remote-code", "--enforce-eager"):
+        add(flag, action="store_true", help="makes no difference here")
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="ranks that share a copy of the model (default: all of torchrun's); several copies "
+        "share the prompts",
+    )
+    add("--swap-space", type=float, metavar="X", help="makes no difference here")
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of `engine_flags` that were given, as keyword arguments of LLM."""
+    given = vars(args)
+    return {name: given[name] for name in ENGINE_FLAGS if name in given}
 
 
 def check_writable(path: str | Path, flag: str) -> None:

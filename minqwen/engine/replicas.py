@@ -104,14 +104,14 @@ def _plain(output: RequestOutput, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The output as JSON has it. Its traces go into `tensors`."""
     fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     fields["metrics"] = dataclasses.asdict(output.metrics)
-    fields["prompt_logprobs"] = _plain_logprobs(output.prompt_logprobs)
+    fields["prompt_logprobs"] = plain_logprobs(output.prompt_logprobs)
     fields["outputs"] = [_plain_completion(one, tensors) for one in output.outputs]
     return fields
 
 
 def _plain_completion(one: CompletionOutput, tensors: dict[str, Tensor]) -> dict[str, Any]:
     fields = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
-    fields["logprobs"] = _plain_logprobs(one.logprobs)
+    fields["logprobs"] = plain_logprobs(one.logprobs)
     fields["trace"] = {name: _references(value, tensors) for name, value in one.trace.items()}
     return fields
 
@@ -125,7 +125,8 @@ def _references(value: Tensor | list[Tensor], tensors: dict[str, Tensor]) -> Any
     return {"tensor": name, "device": value.device.type}
 
 
-def _plain_logprobs(rows: Any) -> Any:
+def plain_logprobs(rows: Any) -> Any:
+    """Logprobs of tokens as JSON has them; None stays None."""
     if rows is None:
         return None
     return [
@@ -137,9 +138,9 @@ def _output(
     fields: dict[str, Any], tensors: dict[str, Tensor], device: torch.device
 ) -> RequestOutput:
     fields["metrics"] = Metrics(**fields["metrics"])
-    fields["prompt_logprobs"] = _logprobs(fields["prompt_logprobs"])
+    fields["prompt_logprobs"] = logprobs_of_plain(fields["prompt_logprobs"])
     for one in fields["outputs"]:
-        one["logprobs"] = _logprobs(one["logprobs"])
+        one["logprobs"] = logprobs_of_plain(one["logprobs"])
         one["trace"] = {name: _tensors(v, tensors, device) for name, v in one["trace"].items()}
     fields["outputs"] = [CompletionOutput(**one) for one in fields["outputs"]]
     return RequestOutput(**fields)
@@ -152,7 +153,8 @@ def _tensors(value: Any, tensors: dict[str, Tensor], device: torch.device) -> An
     return tensor if value["device"] == "cpu" else tensor.to(device)
 
 
-def _logprobs(rows: Any) -> Any:
+def logprobs_of_plain(rows: Any) -> Any:
+    """What `plain_logprobs` was given."""
     if rows is None:
         return None
     return [None if row is None else _row(row) for row in rows]
