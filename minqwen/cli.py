@@ -87,8 +87,9 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--arithmetic",
         default="native",
-        choices=["native", "exact"],
-        help="exact: the same bits whatever the batch, the degree, the machine (default: native)",
+        choices=["native", "fast", "exact"],
+        help="native: Hugging Face's roundings; fast: the same model in packed weights; exact: the "
+        "same bits whatever the batch, the degree, the machine (default: native)",
     )
     group.add_argument(
         "--offload",
