@@ -101,7 +101,8 @@ class Widened:
         return blocked_product(x.float(), self.packed, wide).to(x.dtype)
 
     def weight(self) -> Tensor:
-        return self.packed.to_dense().to(self.dtype)
+        dense: Tensor = self.packed.to_dense()
+        return dense.to(self.dtype)
 
 
 def blocked_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,8 +127,8 @@ class Half:
         return y.to(x.dtype)
 
     def weight(self) -> Tensor:
-        wide, _ = torch.ops.quantized.linear_unpack_fp16(self.packed)
-        return (wide / self.scale).to(self.dtype)
+        scaled: Tensor = torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
+        return (scaled / self.scale).to(self.dtype)
 
 
 class Whole:
