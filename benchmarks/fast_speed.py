@@ -128,6 +128,7 @@ def candidates(path: str) -> dict[str, Callable[[], Any]]:
         "fast float32": ours("float32", "fast"),
         "fast bfloat16": ours("bfloat16", "fast"),
         "fast bfloat16, float16 weights": ours("bfloat16", HalfFast()),
+        "int8": ours("bfloat16", "int8"),
         "transformers float32": theirs("float32"),
         "transformers bfloat16": theirs("bfloat16"),
     }

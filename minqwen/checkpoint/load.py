@@ -194,6 +194,11 @@ def _load_offloaded(
         arithmetic = Exact(widen=False)  # what comes and goes is kept narrow
     elif arithmetic == "fast":
         arithmetic = Fast(pack=False)
+    elif arithmetic == "int8":
+        raise ConfigError(
+            f"offload is {offload!r}, but int8 arithmetic keeps all weights in memory, rounded: "
+            "leave out offload, or use fast"
+        )
     model = Qwen2.from_tensors(
         reader.config,
         lambda name, mine: reader.read(name, mine, device),

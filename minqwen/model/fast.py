@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from minqwen.config import ModelConfig
+from minqwen.errors import ConfigError
 from minqwen.model.arithmetic import Linear, Native
 from minqwen.model.attention import is_finite
 from minqwen.model.exact import version
-from minqwen.model.packed import Form, Whole, pack
+from minqwen.model.packed import Form, Quantised, Whole, pack
 from minqwen.model.trace import Tap
 from minqwen.parallel import Mesh
 
@@ -176,3 +178,25 @@ class Fast(Native):
         if hidden is None or is_finite(z):
             return z
         return super().attend(q, k, v, hidden, scale, tap)
+
+
+class Int8(Fast):
+    """Fast with weights and inputs of linear layers rounded to 8 bits: a mode of its own.
+
+    It is not within rounding of the model. docs/speed.md has its error.
+    """
+
+    name = "int8"
+    can_save = False
+
+    def check(self, config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> None:
+        if dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+            raise ConfigError(
+                f"int8 arithmetic needs oneDNN and a dtype of at most 32 bits, and the dtype is "
+                f"{str(dtype).removeprefix('torch.')}: use fast or native"
+            )
+
+    def form(self, weight: Tensor) -> Form | None:
+        if weight.device.type != "cpu":
+            raise ConfigError(f"int8 arithmetic is for CPUs, not for {weight.device}: use fast")
+        return Quantised(weight) if weight.numel() else None

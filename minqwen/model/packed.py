@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minqwen.errors import ConfigError
+
 HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -129,6 +131,49 @@ class Half:
     def weight(self) -> Tensor:
         scaled: Tensor = torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
         return (scaled / self.scale).to(self.dtype)
+
+
+class Quantised:
+    """Rounded to 8 bits, a scale for each row, for oneDNN: another model, near to W's.
+
+    The input is rounded too, a scale for each token, so a token's result does not depend on the
+    others in its step.
+    """
+
+    def __init__(self, weight: Tensor):
+        wide = weight.float()
+        self.scales = wide.abs().amax(1).clamp_(min=1e-30).div_(127)
+        if not bool(self.scales.isfinite().all()):
+            raise ConfigError(
+                "int8 arithmetic cannot hold a weight that is NaN or infinite: use native, or "
+                "check_finite=True to be told which it is"
+            )
+        rounded = wide.div_(self.scales[:, None]).round_().to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self.zeros = torch.zeros(len(weight), dtype=torch.int64)
+        # Without VNNI, two products of 8 and 8 bits together do not fit the instructions' 16 bits.
+        self.most = 127 if torch.cpu._is_vnni_supported() else 63
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True)
+        scale = scale.clamp_(min=1e-30).div_(self.most)
+        zero = self.most + 1
+        rounded = (wide / scale).add_(zero).round_().to(torch.uint8)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            *(rounded, 1.0, zero, self.packed, self.scales, self.zeros, None),
+            *(1.0, 0, torch.float32, "none", [], ""),  # no output scale, no operation after it
+        )
+        y = y.mul_(scale)
+        if bias is not None:
+            y = y.add_(bias)
+        return y.to(x.dtype)
+
+    def weight(self) -> Tensor:
+        raise ConfigError(
+            "int8 arithmetic has rounded the weights and does not keep them as they were: to save, "
+            "copy or change the model, or to see attn.result, load it with arithmetic='native'"
+        )
 
 
 class Whole:

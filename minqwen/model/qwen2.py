@@ -27,14 +27,19 @@ from minqwen.model.activations import run_with_cache
 from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
 from minqwen.model.batch import Batch
 from minqwen.model.exact import Exact
-from minqwen.model.fast import Fast
+from minqwen.model.fast import Fast, Int8
 from minqwen.model.inputs import check_batch, check_ids, check_mask, context_warning
 from minqwen.model.kv_cache import KVCache
 from minqwen.model.rope import table_length
 from minqwen.model.trace import UNTRACED, Tap, run_with_hooks
 from minqwen.parallel import SINGLE, Mesh, Shard, kv_heads_per_rank, shard, vocab_rows_per_rank
 
-ARITHMETICS: dict[str, type[Native]] = {"native": Native, "fast": Fast, "exact": Exact}
+ARITHMETICS: dict[str, type[Native]] = {
+    "native": Native,
+    "fast": Fast,
+    "int8": Int8,
+    "exact": Exact,
+}
 
 
 def make_arithmetic(arithmetic: str | Native) -> Native:

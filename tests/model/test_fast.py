@@ -335,3 +335,40 @@ def test_more_heads_while_loading(cpu, embedded):
     native = Qwen2.from_pretrained(embedded, num_attention_heads=32)
     assert packed_layers(fast)
     assert error(fast(ids), native(ids)) < 0.03
+
+
+# ---- int8 ---------------------------------------------------------------------------------------
+
+
+def test_int8_is_near_and_no_more_and_a_token_does_not_depend_on_the_others(embedded_weights):
+    ids = torch.randint(2000, (3, 50), generator=torch.Generator().manual_seed(2))
+    native, int8 = (build(embedded_weights, a, torch.bfloat16) for a in ("native", "int8"))
+    truth = build(embedded_weights, "native", torch.float64)(ids)
+    unit = rms(native(ids).double() - truth)
+    assert ROUNDING < rms(int8(ids).double() - truth) / unit < 20
+    layer = int8.model.layers[0].mlp.down_proj
+    x = torch.randn(30, layer.in_features, generator=torch.Generator().manual_seed(1))
+    x[3] *= 1000
+    assert torch.equal(layer(x)[:3], layer(x[:3]))
+    kl = (truth.log_softmax(-1) - int8(ids).double().log_softmax(-1)) * truth.softmax(-1)
+    assert 0 < kl.sum(-1).mean() < 0.1
+
+
+@pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS.keys())
+def test_rounded_weights_are_not_given_out(ask):
+    model = build(random_model(), "int8")
+    ids = tokens(model, 1, 5)
+    before = model(ids)
+    with pytest.raises(ConfigError, match="int8 arithmetic has rounded the weights"):
+        ask(model)
+    assert torch.equal(model(ids), before)
+
+
+def test_what_int8_cannot_do_is_refused(embedded):
+    for options in (dict(dtype="float64"), dict(offload="disk")):
+        with pytest.raises(ConfigError, match="int8"):
+            Qwen2.from_pretrained(embedded, arithmetic="int8", **options)
+    config, tensors = random_model()
+    tensors["lm_head.weight"][3, 3] = torch.nan
+    with pytest.raises(ConfigError, match="NaN"):
+        build((config, tensors), "int8")
