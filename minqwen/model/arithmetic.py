@@ -112,7 +112,7 @@ class Linear(nn.Module):
 
     def _apply(self, *args: Any, **options: Any) -> Linear:
         self.restore()
-        super()._apply(*args, **options)
+        super()._apply(*args, **options)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, *args: Any) -> None:

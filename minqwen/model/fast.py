@@ -7,6 +7,7 @@ up, and torch's fused attention. Whatever it has no faster way for, it does as n
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,9 @@ class Joined:
     """
 
     def __init__(self, linears: Sequence[Linear], form: Form):
-        self.linears, self.form = list(linears), form
+        self.form = form
+        # Weak, so that the memory of a model that nobody holds is free at once.
+        self.linears = [weakref.ref(linear) for linear in linears]
         self.sizes = [linear.out_features for linear in linears]
         self.bias = join_biases(linears)
         self.biases = [linear.bias for linear in linears]
@@ -45,7 +48,10 @@ class Joined:
 
     def holds(self, i: int) -> bool:
         """Whether layer i still has the weight and the bias that were joined here."""
-        own, kept = self.linears[i]._parameters, self.kept[i]
+        linear, kept = self.linears[i](), self.kept[i]
+        if linear is None:
+            return False
+        own = linear._parameters
         return (
             own.get("weight") is kept
             and own.get("bias") is self.biases[i]
@@ -56,39 +62,46 @@ class Joined:
         """Whether one product answers for these layers, with nobody watching a single one."""
         return (
             len(linears) == len(self.linears)
-            and all(a is b for a, b in zip(linears, self.linears))
+            and all(linear is own() for linear, own in zip(linears, self.linears))
             and not any(map(is_watched, linears))
             and all(map(self.holds, range(len(linears))))
         )
 
     def product(self, x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of all layers."""
-        return self.form.product(x, self.bias).split(self.sizes, -1)
+        return split(self.form.product(x, self.bias), self.sizes, -1)
 
     def index(self, linear: Linear) -> int:
-        return next(i for i, own in enumerate(self.linears) if own is linear)
+        return next(i for i, own in enumerate(self.linears) if own() is linear)
 
     def matrix(self, linear: Linear) -> Tensor:
-        return self.form.weight().split(self.sizes)[self.index(linear)]
+        return split(self.form.weight(), self.sizes)[self.index(linear)]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> None:
-        weights = self.form.weight().split(self.sizes)
-        for linear, weight in zip(self.linears, weights):
-            if linear.packed is not self:
-                continue  # it has got another weight meanwhile
+        weights = split(self.form.weight(), self.sizes)
+        for own, weight in zip(self.linears, weights):
+            linear = own()
+            if linear is None or linear.packed is not self:
+                continue  # it is gone, or has got another weight meanwhile
             linear.packed = None
             if "weight" not in linear._parameters:
                 linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
 
 
+def split(x: Tensor, sizes: list[int], dim: int = 0) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = x.split(sizes, dim)
+    return parts
+
+
 def join_biases(linears: Sequence[Linear]) -> Tensor | None:
     """One tensor of all biases, of which each layer's is then a part; None if there are none."""
-    if any(linear.bias is None for linear in linears):
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    if len(biases) < len(linears):
         return None
-    joined = torch.cat([linear.bias for linear in linears])
-    for linear, part in zip(linears, joined.split([linear.out_features for linear in linears])):
+    joined = torch.cat(biases)
+    for linear, part in zip(linears, split(joined, [len(bias) for bias in biases])):
         linear.bias = nn.Parameter(part, requires_grad=False)
     return joined
 
@@ -124,7 +137,7 @@ class Fast(Native):
         """Join and pack the weights. Those that are packed already have not changed."""
         if not self.pack or self.is_ready(linears):
             return
-        weights = [linear.weight for linear in linears]
+        weights: list[Tensor] = [linear.weight for linear in linears]
         form = self.form(weights[0] if len(weights) == 1 else torch.cat(weights))
         if form is None and len(weights) > 1 and weights[0].is_cuda:
             form = Whole(torch.cat(weights))  # fewer kernels are launched
@@ -155,7 +168,7 @@ class Fast(Native):
         if isinstance(packed, Joined):
             i = packed.index(linear)
             if packed.holds(i):
-                return packed.form.product(x, None).split(packed.sizes, -1)[i]
+                return split(packed.form.product(x, None), packed.sizes, -1)[i]
         return super().product(x, linear)
 
     def attend(
@@ -173,8 +186,9 @@ class Fast(Native):
             seen = F.pad(~hidden, (k.shape[-2] - hidden.shape[-1], 0), value=True)
         # 16-bit products are slow on many CPUs, see `head_matmul`.
         wide = torch.float32 if q.element_size() == 2 and q.device.type == "cpu" else q.dtype
-        inputs = [x.to(wide) for x in (q, k, v)]
-        z = F.scaled_dot_product_attention(*inputs, attn_mask=seen, scale=scale).to(q.dtype)
+        z = F.scaled_dot_product_attention(
+            q.to(wide), k.to(wide), v.to(wide), attn_mask=seen, scale=scale
+        ).to(q.dtype)
         if hidden is None or is_finite(z):
             return z
         return super().attend(q, k, v, hidden, scale, tap)

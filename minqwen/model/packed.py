@@ -6,6 +6,7 @@ clock: the same checkpoint is computed the same way in every run on one machine.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from minqwen.errors import ConfigError
 
 HALF_MAX = torch.finfo(torch.float16).max
+ROWS_AT_ONCE = 1024  # of a matrix that is examined: its float32 copy would take twice its memory
 
 
 class Form(Protocol):
@@ -66,15 +68,17 @@ def half_scale(weight: Tensor) -> float | None:
     """
     if weight.dtype == torch.float16:
         return 1.0 if bool(weight.isfinite().all()) else None
-    wide = weight.float()
-    top = float(wide.abs().max())
+    top = float(weight.abs().max())
     if top == 0:
         return 1.0
     if not top < float("inf"):  # NaN too
         return None
-    exponent = int(torch.tensor(HALF_MAX / top).log2().floor())
-    scale = 2.0 ** min(exponent, 100)
-    return scale if torch.equal((wide * scale).half().float(), wide * scale) else None
+    scale = 2.0 ** min(math.floor(math.log2(HALF_MAX / top)), 100)
+    for rows in weight.split(ROWS_AT_ONCE):
+        wide = rows.float().mul_(scale)
+        if not torch.equal(wide.half().float(), wide):
+            return None
+    return scale
 
 
 class Blocked:
@@ -117,7 +121,7 @@ class Half:
 
     def __init__(self, weight: Tensor, scale: float):
         self.dtype = weight.dtype
-        self.packed: Any = torch.ops.quantized.linear_prepack_fp16(weight.float() * scale, None)
+        self.packed: Any = torch.ops.quantized.linear_prepack_fp16(weight.float().mul_(scale), None)
         self.scale = scale
         self.unscale = torch.tensor([1 / scale])  # one element: its dtype counts in a product
 

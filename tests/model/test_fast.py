@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -168,6 +170,17 @@ def test_packed_weights_are_no_second_copy(cpu, tied):
     a = model.model.layers[0].self_attn
     assert a.q_proj.packed is a.k_proj.packed is a.v_proj.packed
     assert packed_layers(model) == layers  # looking has unpacked nothing
+
+
+def test_the_memory_of_a_model_that_is_gone_is_free_at_once(cpu):
+    gc.disable()
+    try:
+        model = build(random_model(), "fast", torch.bfloat16)
+        forms = [weakref.ref(model.get_submodule(name).packed) for name in packed_layers(model)]
+        del model
+        assert len(forms) == 15 and not any(form() for form in forms)
+    finally:
+        gc.enable()
 
 
 ASKS = {
