@@ -97,6 +97,7 @@ def main() -> None:
     llm = LLM(
         args.model,
         dtype=args.dtype,
+        arithmetic="native",
         max_num_seqs=args.batch,
         max_model_len=args.context + args.steps + 16,
         max_num_batched_tokens=max(2048, args.batch),

@@ -72,8 +72,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model and what `Qwen2.from_pretrained` takes besides it."""
+def model_flags(parser: argparse.ArgumentParser, arithmetic: str = "native") -> None:
+    """--model and what `Qwen2.from_pretrained` takes besides it. arithmetic: the default."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -92,9 +92,11 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--arithmetic",
-        default="native",
-        choices=["native", "exact"],
-        help="exact: the same bits whatever the batch, the degree, the machine (default: native)",
+        default=arithmetic,
+        choices=["native", "fast", "int8", "exact"],
+        help="native: Hugging Face's roundings; fast: the same model in packed weights; int8: its "
+        "linear layers rounded to 8 bits; exact: the same bits whatever the batch, the degree, the "
+        f"machine (default: {arithmetic})",
     )
     group.add_argument(
         "--offload",

@@ -56,7 +56,7 @@ CHAT_HELP = """/clear         forget what was said, but not the system message
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     prompt_flags(parser)
-    model_flags(parser)
+    model_flags(parser, arithmetic="fast")
     sampling_flags(parser)
     engine_flags(parser)
     group = parser.add_argument_group("output")

@@ -16,7 +16,7 @@ from minqwen.checkpoint.weight_files import DTYPES
 from minqwen.checks import did_you_mean, refuse_unknown_arguments
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
-from minqwen.model import ARITHMETICS, Exact, Native, Qwen2
+from minqwen.model import ARITHMETICS, Exact, Fast, Native, Qwen2
 from minqwen.parallel import SINGLE, Mesh, Shard, check_degree, shard
 
 # Keywords of `load_pretrained`.
@@ -192,6 +192,13 @@ def _load_offloaded(
     """The model with everything but its layers on the device; the layers stream in."""
     if arithmetic == "exact":
         arithmetic = Exact(widen=False)  # what comes and goes is kept narrow
+    elif arithmetic == "fast":
+        arithmetic = Fast(pack=False)
+    elif arithmetic == "int8":
+        raise ConfigError(
+            f"offload is {offload!r}, but int8 arithmetic keeps all weights in memory, rounded: "
+            "leave out offload, or use fast"
+        )
     model = Qwen2.from_tensors(
         reader.config,
         lambda name, mine: reader.read(name, mine, device),

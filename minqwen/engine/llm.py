@@ -63,8 +63,9 @@ class LLM:
     model: a Hugging Face safetensors directory (default: the embedded model's); then dtype, device,
     arithmetic, offload and check_finite are as in `checkpoint.load_pretrained`, and
     num_attention_heads, num_key_value_heads and head_recipe, which are other numbers of heads in
-    memory, as in `heads.view.load_pretrained`. Or a `Qwen2`; then these are its own, and
-    `tokenizer`, or its directory, must be given where text comes in or goes out.
+    memory, as in `heads.view.load_pretrained`; but the arithmetic is fast if none is named. Or a
+    `Qwen2`; then these are its own, and `tokenizer`, or its directory, must be given where text
+    comes in or goes out.
     tensor_parallel_size: how many of torchrun's ranks share a copy of the model (default: all);
     several copies, called replicas, share the prompts of `generate`. options: those of
     `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks, kv_cache_bytes,

@@ -52,7 +52,7 @@ def load_parts(
 
     Raises MinqwenError for what cannot work, before any weight is read where that can be known.
     """
-    arithmetic = arithmetic or "native"
+    arithmetic = arithmetic or "fast"
     check_options(dtype=dtype, device=device, arithmetic=arithmetic, offload=offload)
     weights = open_weights(path, num_attention_heads, num_key_value_heads, head_recipe)
     config = weights.config

@@ -11,7 +11,7 @@ overrides some of these methods: `Exact` in exact.py, for example.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,23 @@ from minqwen.model.trace import Tap
 from minqwen.parallel import SINGLE, Mesh
 
 
+class Packed(Protocol):
+    """What holds the weights of linear layers in their place, in a form that is faster to read."""
+
+    def matrix(self, linear: Linear) -> Tensor:
+        """A copy of the layer's weight, every bit of it."""
+
+    def restore(self) -> None:
+        """Give all its layers their weights back, and let go of them."""
+
+
 class Linear(nn.Module):
-    """y = x W^T + b. weight [out, in], bias [out] or None; the arithmetic decides how."""
+    """y = x W^T + b. weight [out, in], bias [out] or None; the arithmetic decides how.
+
+    Fast arithmetic takes the weight away and keeps it `packed`. Whoever asks for it, by its name or
+    by `parameters`, `state_dict`, `to` or `deepcopy` of a module, gets it back to stay; from then
+    on it is multiplied as it is, until `Qwen2.prepare` packs it again.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -39,6 +54,9 @@ class Linear(nn.Module):
     narrow = False
     scale: Tensor | None
     live: Tensor | None
+    # Set by fast arithmetic's `prepare`: what holds the weight in its place.
+    packed: Packed | None = None
+    shared = False  # whether the parameter is another module's too: it stays beside its packed form
 
     def __init__(
         self,
@@ -52,6 +70,7 @@ class Linear(nn.Module):
         self.ops = ops
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("live", None, persistent=False)
+        self.in_features, self.out_features = in_features, out_features
         weight = torch.empty(out_features, in_features, **factory)
         self.weight = nn.Parameter(weight, requires_grad=False)
         zeros = torch.empty(out_features, **factory) if bias else None
@@ -59,11 +78,50 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         bias = "" if self.bias is None else ", bias"
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}{bias}"
+        return f"{self.in_features} -> {self.out_features}{bias}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the weight is a parameter with values: neither packed nor elsewhere."""
+        weight = self._parameters.get("weight")
+        return weight is not None and not weight.is_meta
+
+    def matrix(self) -> Tensor:
+        """The weight, for operations that are no product with it. Of a packed one it is a copy."""
+        if self.packed is None or "weight" in self._parameters:
+            return self.weight
+        return self.packed.matrix(self)
 
     def forget_prepared(self) -> None:
         """Drop what was made of a weight that is no longer here."""
-        self.prepared = self.scale = self.live = None
+        self.prepared = self.scale = self.live = self.packed = None
+
+    def restore(self) -> None:
+        """Have the weight as a parameter again, if it is packed."""
+        if self.packed is not None:
+            self.packed.restore()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.packed is not None and name not in self._parameters:
+            self.packed.restore()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.restore()
+        return self.__dict__
+
+    def _apply(self, *args: Any, **options: Any) -> Linear:
+        self.restore()
+        super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.restore()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self)
@@ -127,12 +185,16 @@ class Native:
         """x W^T + b with one rounding. [T, in] -> [T, out]."""
         return F.linear(x, linear.weight, linear.bias)
 
+    def product(self, x: Tensor, linear: Linear) -> Tensor:
+        """x W^T with one rounding, without the bias. [T, in] -> [T, out]."""
+        return F.linear(x, linear.weight)
+
     def row_parallel_linear(self, x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
         """The sum over ranks of x W^T, each rank with its columns of W. [T, in/size] -> [T, out].
 
         Partial sums of several ranks meet in float32 at least and are rounded once.
         """
-        y = F.linear(x, linear.weight)
+        y = self.product(x, linear)
         y = mesh.all_reduce(y, dtype=torch.promote_types(y.dtype, torch.float32))
         return y if linear.bias is None else y + linear.bias
 
@@ -142,7 +204,7 @@ class Native:
         z [T, H, d] -> [T, H, D], each rank its own heads. Every share is rounded, so their sum is
         o_proj's output to rounding.
         """
-        return torch.einsum("thd,ehd->the", z, linear.weight.unflatten(1, z.shape[1:]))
+        return torch.einsum("thd,ehd->the", z, linear.matrix().unflatten(1, z.shape[1:]))
 
     def sum_of_heads(self, results: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
         """o_proj's output from all ranks' `head_results`, which may have been replaced.

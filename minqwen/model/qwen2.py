@@ -12,7 +12,7 @@ V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,19 @@ from minqwen.model.activations import run_with_cache
 from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
 from minqwen.model.batch import Batch
 from minqwen.model.exact import Exact
+from minqwen.model.fast import Fast, Int8
 from minqwen.model.inputs import check_batch, check_ids, check_mask, context_warning
 from minqwen.model.kv_cache import KVCache
 from minqwen.model.rope import table_length
 from minqwen.model.trace import UNTRACED, Tap, run_with_hooks
 from minqwen.parallel import SINGLE, Mesh, Shard, kv_heads_per_rank, shard, vocab_rows_per_rank
 
-ARITHMETICS: dict[str, type[Native]] = {"native": Native, "exact": Exact}
+ARITHMETICS: dict[str, type[Native]] = {
+    "native": Native,
+    "fast": Fast,
+    "int8": Int8,
+    "exact": Exact,
+}
 
 
 def make_arithmetic(arithmetic: str | Native) -> Native:
@@ -109,7 +115,7 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """The heads that this rank holds."""
-        heads, kv_heads = (len(p.weight) // self.head_dim for p in (self.q_proj, self.k_proj))
+        heads, kv_heads = (p.out_features // self.head_dim for p in (self.q_proj, self.k_proj))
         return f"heads={heads}, kv_heads={kv_heads}, head_dim={self.head_dim}"
 
     def forward(
@@ -227,6 +233,7 @@ class Qwen2(nn.Module):
         self.lm_head = Linear(self.ops, config.hidden_size, rows, **factory)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.shared = True
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._warned = False  # of too long a context
         # For `changes.Changes`: how often the whole model was prepared, and hooks of our own that
@@ -312,9 +319,16 @@ class Qwen2(nn.Module):
         for module in (part or self).modules():
             if isinstance(module, (Layer, Qwen2)):
                 for linears in module.by_input():
-                    if not any(linear.weight.is_meta for linear in linears):
+                    if all(linear.is_here for linear in linears):
                         self.ops.prepare(linears, self.mesh)
         return self
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of nn.Module; weights that are packed come back for it."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.restore()
+        return super().named_parameters(*args, **options)
 
     def by_input(self) -> list[list[Linear]]:
         """The linear layers that are in no layer: the head."""
@@ -388,7 +402,8 @@ class Qwen2(nn.Module):
         return logits.unflatten(0, ids.shape) if dense else logits
 
     def _refuse_gradients(self) -> None:
-        if any(p.requires_grad for p in self.parameters()):
+        here = super().named_parameters()  # what is packed needs no gradient
+        if any(parameter.requires_grad for _, parameter in here):
             raise ConfigError(
                 f"{self.ops.name} arithmetic has no gradients: call requires_grad_(False), or load "
                 "the model with arithmetic='native'"
@@ -425,5 +440,5 @@ class Qwen2(nn.Module):
         The logit is the product with it, divided by the root of the stream's mean square + eps: the
         head's rows times the final norm's weight.
         """
-        rows = look_up(ids, self.lm_head.weight, self.model.embed_tokens.rows, self.mesh)
+        rows = look_up(ids, self.lm_head.matrix(), self.model.embed_tokens.rows, self.mesh)
         return rows.double() * self.model.norm.weight.double()

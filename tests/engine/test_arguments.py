@@ -72,6 +72,15 @@ def test_a_missing_directory_is_told_as_such(embedded_model, tmp_path):
     refusal(lambda: LLM(embedded_model, tokenizer=tmp_path / "nothing", **SMALL), "nothing")
 
 
+def test_an_engine_that_loads_is_fast_and_a_model_keeps_its_own_arithmetic(
+    embedded, embedded_model, embedded_tokenizer
+):
+    assert LLM(embedded, **SMALL).model.ops.name == "fast"
+    assert LLM(embedded, arithmetic="native", **SMALL).model.ops.name == "native"
+    loaded = LLM(embedded_model, tokenizer=embedded_tokenizer, **SMALL)
+    assert loaded.model.ops.name == Qwen2.from_pretrained(embedded).ops.name == "native"
+
+
 def test_an_engine_says_what_it_is(embedded, embedded_model):
     assert repr(LLM(embedded, dtype="bfloat16", arithmetic="exact", **SMALL)) == (
         f"LLM({embedded.name}: 7,116,992 parameters, bfloat16 on cpu, exact arithmetic; "
