@@ -138,7 +138,10 @@ Message = Annotated[
     WithJsonSchema(
         {
             "type": "object",
-            "properties": {"role": {"type": "string"}, "content": {"type": ["string", "null"]}},
+            "properties": {
+                "role": {"type": "string"},
+                "content": {"anyOf": [{"type": kind} for kind in ("string", "array", "null")]},
+            },
             "required": ["role"],
         }
     ),
