@@ -15,7 +15,8 @@ from support.paths import ROOT
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
-BASH = [text for language, text in BLOCKS if language == "bash"]
+# The section on debugging is run by test_debugging_page.py.
+BASH = [text for language, text in BLOCKS if language == "bash" and "debug" not in text]
 FIRST_OUTPUT = next(text for language, text in BLOCKS if not language)
 
 

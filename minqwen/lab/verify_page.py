@@ -12,18 +12,26 @@ from collections.abc import Iterable
 from minqwen.lab.compare import ROUNDING, Verdict
 from minqwen.lab.verify import LayerMap, Report
 
-GREEN, RED = "#1a7f37", "#b42318"
+GREEN, RED = "var(--good)", "var(--bad)"
+VIEWPORT = '<meta name="viewport" content="width=device-width">'  # on a telephone
 NOTHING = 1e-3  # a share of o_proj's columns below this counts as none
 
+# Also of the pages of diff and audit. --red is that of heat maps, which has an opacity.
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1f2328;
+:root{color-scheme:light dark;--text:#1f2328;--dim:#57606a;--back:#fff;--panel:#f3f4f6;
+--line:#d0d7de;--good:#1a7f37;--bad:#b42318;--red:180 35 24}
+@media (prefers-color-scheme:dark){:root{--text:#e6edf3;--dim:#9da7b3;--back:#0d1117;
+--panel:#21262d;--line:#3d444d;--good:#56d364;--bad:#ff7b72;--red:248 81 73}
+.live,.bad{color:#1f2328}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--text);background:var(--back);
 max-width:62rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.3rem}h2{font-size:1.05rem;margin-top:2rem}table{border-collapse:collapse}
 th{text-align:left;font-weight:500;padding:.15rem .8rem .15rem 0;white-space:nowrap}
-td{padding:.15rem .5rem}small{color:#57606a}
-.map td{border:1px solid #d0d7de;text-align:center;min-width:1.6rem}
-.live{background:#ddf4e4}.new{background:#f3f4f6;color:#8b949e}.bad{background:#ffd7d5}
-.heat td{width:1.1rem;height:1.1rem;padding:0;border:1px solid #eaeef2}
+td{padding:.15rem .5rem}small{color:var(--dim)}td,th{vertical-align:top}
+.map td{border:1px solid var(--line);text-align:center;min-width:1.6rem}
+.live{background:#ddf4e4}.new{background:var(--panel);color:var(--dim)}.bad{background:#ffd7d5}
+.heat td{width:1.1rem;min-width:1.1rem;height:1.1rem;padding:0;border:1px solid var(--line)}
+@media (max-width:40rem){th{white-space:normal}.heat th{font-size:.85rem;line-height:1.2}}
 """.strip()
 
 
@@ -50,7 +58,7 @@ def unlike_as_html(settings: list[str], title: str) -> str:
 def _head(title: str, verdict: Verdict) -> str:
     title, color = html.escape(title), RED if verdict == "different" else GREEN
     return (
-        f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{VIEWPORT}<title>{title}</title>\n'
         f"<style>{STYLE}strong{{color:{color}}}</style>\n"
         f"<h1>{title}: <strong>{verdict}</strong></h1>"
     )
@@ -145,14 +153,14 @@ def _heat_map(head_errors: list[list[float]]) -> list[str]:
     for layer, errors in enumerate(head_errors):
         cells = _join(
             f'<td title="layer {layer}, head {head}: {error:.3g}" '
-            f'style="background:rgba(180,35,24,{strength(error):.2f})"></td>'
+            f'style="background:rgb(var(--red)/{strength(error):.2f})"></td>'
             for head, error in enumerate(errors)
         )
         rows.append(f"<tr><th>{layer}</th>{cells}</tr>")
     return [
         "<h2>Error of each head's output, by layer (rows) and head of the original (columns)</h2>",
         f'<table class="heat">{_join(rows)}</table>',
-        f"<p><small>White: at most {ROUNDING} times the original's own error. "
+        f"<p><small>No colour: at most {ROUNDING} times the original's own error. "
         "Red: more, on a logarithmic scale.</small></p>",
     ]
 

@@ -107,6 +107,10 @@ def test_an_engine_in_fewer_bits_than_it_claims_diverges_and_no_mistake_explains
     assert report.verdict == "diverge" and report.explained_by is None
     assert "none of the mistakes" in report.sentence and report.reported == "unknown"
     assert any("bfloat16's rounding" in note for note in report.notes)
+    quick = audit(
+        original, records_of(engine(original, "bfloat16"), TEXTS), "float32", among="none"
+    )
+    assert quick.sentence.endswith("; mistakes were not tried") and quick.tried == []
 
 
 def test_a_mistake_that_the_catalogue_does_not_have_is_explained_by_none(original):

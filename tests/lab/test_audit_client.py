@@ -95,6 +95,12 @@ def test_a_refused_question_can_be_told_from_a_failure(status):
             Endpoint(url).post("/completions", {})
 
 
+def test_llama_cpps_refusal_of_echo_is_no_failure():
+    body = b'{"error":{"code":500,"message":"Only no echo is supported","type":"server_error"}}'
+    with scripted(500, body=body) as url, pytest.raises(NotOffered, match="HTTP status 500"):
+        Endpoint(url).post("/completions", {})
+
+
 def test_a_failure_is_told_with_its_status():
     with scripted(500, body=b"oh\nno") as url:
         with pytest.raises(MinqwenError, match="HTTP status 500") as caught:

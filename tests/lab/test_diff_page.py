@@ -102,7 +102,7 @@ def test_the_page_needs_nothing_from_outside_and_nothing_in_it_is_run(report):
 def test_a_report_without_points_or_tokens_has_a_page_too(report):
     tokens = First(None, "the prompt's tokens", "input_ids", math.inf)
     bare = dataclasses.replace(report, points=[], tokens=[], first=tokens)
-    assert "just these ids come of `gelu`" in Page(as_html(bare, "x", text_of)).text
+    assert "just these ids come of gelu" in Page(as_html(bare, "x", text_of)).text
     assert as_text(bare) == bare.sentence()
     assert "Worst tokens" not in as_html(dataclasses.replace(report, tokens=[]), "x", text_of)
 

@@ -86,7 +86,7 @@ def test_a_setting_that_changes_the_function_is_named_first_in_every_output(pair
     assert lines[0].startswith(f"different: config.json: {said}")
     assert lines[1].startswith("  outputs on this text: ")
     assert facts["verdict"] == "different" and facts["settings"][0].startswith(said)
-    assert "<strong>different</strong>" in page and "#b42318}" in page
+    assert "<strong>different</strong>" in page and "strong{color:var(--bad)}" in page
     assert page.index("<li>config.json: " + said.split("(")[0]) < page.index(
         "not shown by the outputs"
     )

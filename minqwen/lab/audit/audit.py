@@ -289,6 +289,8 @@ def sentence_of(report: Report, prompts_differ: bool) -> str:
     found, runner_up = report.explained_by, report.runner_up
     if found is None and prompts_differ:
         return f"diverges: the prompt's tokens differ; {size}"
+    if found is None and not report.tried:
+        return f"diverges: {size}; mistakes were not tried"
     if found is None:
         return f"diverges: {size}; none of the mistakes in the catalogue explains it"
     detail = f", {found.what}" if found.what else ""

@@ -135,7 +135,9 @@ class Endpoint:
             return ""
 
     def _refusal(self, url: str, status: int, body: str) -> MinqwenError:
-        kind = NotOffered if status in NOT_OFFERED else MinqwenError
+        # llama.cpp answers to `echo` with status 500 and "Only no echo is supported".
+        refused = status in NOT_OFFERED or (status == 500 and "support" in body)
+        kind = NotOffered if refused else MinqwenError
         hint = ""
         if status in (401, 403):
             hint = "; put a key into the environment variable that --key-variable names"

@@ -10,17 +10,14 @@ from minqwen.lab.audit.audit import Report, Token
 from minqwen.lab.audit.explain import Tried
 from minqwen.lab.audit.pairs import Pair
 from minqwen.lab.compare import ROUNDING
+from minqwen.lab.verify_page import GREEN, RED, STYLE, VIEWPORT
 
-GREEN, RED = "#1a7f37", "#b42318"
 SHOWN = 8  # mistakes in the table
 MOST_TOKENS = 2000  # on the page
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1f2328;
-max-width:62rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.3rem}h2{font-size:1.05rem;margin-top:2rem}table{border-collapse:collapse}
-th{text-align:left;font-weight:500;padding:.15rem .8rem .15rem 0;white-space:nowrap}
-td{padding:.15rem .8rem .15rem 0;font-variant-numeric:tabular-nums}small{color:#57606a}
+MORE_STYLE = """
+th{max-width:16rem;white-space:normal}td{padding:.15rem .8rem .15rem 0}
+td{font-variant-numeric:tabular-nums}
 .text{font-family:ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 """.strip()
 
@@ -31,7 +28,7 @@ td{padding:.15rem .8rem .15rem 0;font-variant-numeric:tabular-nums}small{color:#
 def as_text(report: Report) -> str:
     lines = [report.sentence, *(f"  {name}: {value}" for name, value in facts(report)[1:])]
     if report.tried:
-        lines += ["nearest mistakes:", *(f"  {name}: {said}" for name, said in ranking(report))]
+        lines += [f"{nearest(report)}:", *(f"  {name}: {said}" for name, said in ranking(report))]
     if report.verdict == "diverge" and report.worst:
         lines.append("worst tokens:")
         lines += [f"  {' '.join(row)}" for row in worst_rows(report.worst)]
@@ -50,7 +47,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
     found = [("verdict", report.verdict), ("claimed dtype", report.dtype)]
     if report.offered:
         found.append(("asked for", f"{report.offered}, in {report.requests} requests"))
-    found.append(("judged", f"{report.numbers} log probabilities of {report.records} texts"))
+    texts = "1 text" if report.records == 1 else f"{report.records} texts"
+    found.append(("judged", f"{report.numbers} log probabilities of {texts}"))
     if report.units is not None:
         found += [
             ("error", f"{report.rms_error:.3g} nats (root mean square)"),
@@ -72,6 +70,13 @@ def facts(report: Report) -> list[tuple[str, str]]:
             )
         )
     return found
+
+
+def nearest(report: Report) -> str:
+    """What stands above the ranking. Where the engine is right it must not look like a finding."""
+    if report.verdict == "agree":
+        return "mistakes that were tried, the nearest first; none is needed to explain the engine"
+    return "mistakes that were tried, the nearest first"
 
 
 def ranking(report: Report) -> list[tuple[str, str]]:
@@ -135,8 +140,8 @@ def pair_as_html(pair: Pair, title: str) -> str:
 def head(title: str, verdict: str) -> str:
     title, color = html.escape(title), GREEN if verdict == "agree" else RED
     return (
-        f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n'
-        f"<style>{STYLE}strong{{color:{color}}}</style>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{VIEWPORT}<title>{title}</title>\n'
+        f"<style>{STYLE}{MORE_STYLE}strong{{color:{color}}}</style>\n"
         f"<h1>{title}: <strong>{html.escape(verdict)}</strong></h1>"
     )
 
@@ -144,7 +149,7 @@ def head(title: str, verdict: str) -> str:
 def body(report: Report) -> list[str]:
     parts = [paragraph(report.sentence), table(facts(report))]
     if report.tried:
-        parts += ["<h2>Mistakes of the catalogue, the nearest first</h2>", table(ranking(report))]
+        parts += [f"<h2>{nearest(report).capitalize()}</h2>", table(ranking(report))]
     if report.worst:
         parts += ["<h2>Worst tokens</h2>", table(worst_rows(report.worst))]
         parts += ["<h2>Errors by token</h2>", *strips(report.tokens)]
@@ -176,7 +181,7 @@ def strips(tokens: Sequence[Token]) -> list[str]:
         for by_position in texts.values()
     ]
     legend = (
-        f"White: up to {ROUNDING * 2:g} times the faithful error of a token as sure as it. "
+        f"No colour: up to {ROUNDING * 2:g} times the faithful error of a token as sure as it. "
         "Red: more, on a logarithmic scale. Point at a token to read its numbers."
     )
     return [*parts, f"<p><small>{legend}</small></p>"]
@@ -185,7 +190,7 @@ def strips(tokens: Sequence[Token]) -> list[str]:
 def colored(token: Token) -> str:
     numbers = f"{token.said:.4f}, truth {token.truth:.4f}, {token.units:.3g} units"
     return (
-        f'<span title="{numbers}" style="background:rgba(180,35,24,{strength(token.units):.2f})">'
+        f'<span title="{numbers}" style="background:rgb(var(--red)/{strength(token.units):.2f})">'
         f"{html.escape(token.text)}</span>"
     )
 

@@ -7,19 +7,21 @@ tokens with their text, and every figure.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from minqwen.lab.diff.diff import OPERATIONS, PointReport, Report, TokenErrors, figure, limit
-from minqwen.lab.verify_page import GREEN, RED, STYLE, strength
+from minqwen.lab.verify_page import GREEN, RED, STYLE, VIEWPORT, strength
 from minqwen.model.trace import POINTS, point_of
 
 WORST = 12  # tokens
 LONGEST = 400  # tokens of a text in the heat map
 
 MORE_STYLE = """
-.figures td{text-align:right;font-variant-numeric:tabular-nums;border-bottom:1px solid #eaeef2}
-.figures th{border-bottom:1px solid #eaeef2}.wrong{color:#b42318;font-weight:600}
-.scroll{overflow-x:auto}code{background:#f3f4f6;padding:0 .2rem}
+.figures td{text-align:right;font-variant-numeric:tabular-nums;border-bottom:1px solid var(--line)}
+.figures th{border-bottom:1px solid var(--line)}.figures td.wrong{color:var(--bad);font-weight:600}
+.heat td.absent{background:var(--line)}
+.scroll{overflow-x:auto}code{background:var(--panel);padding:0 .2rem}
 """.strip()
 
 HEADER = ("point", "units", "added", "", "largest error", "at", "relative L2", "1 - cosine", "ULPs")
@@ -64,10 +66,10 @@ def as_html(report: Report, title: str, text_of: Callable[[int], str]) -> str:
     color = RED if report.verdict == "diverge" else GREEN
     title = html.escape(title)
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{VIEWPORT}<title>{title}</title>',
         f"<style>{STYLE}{MORE_STYLE}strong{{color:{color}}}</style>",
         f"<h1>{title}: <strong>{report.verdict}</strong></h1>",
-        f"<p>{html.escape(report.sentence())}</p>",
+        f"<p>{_marked(report.sentence())}</p>",
     ]
     if report.explained_by is not None:
         name, symptom = report.explained_by.name, report.explained_by.symptom
@@ -76,6 +78,11 @@ def as_html(report: Report, title: str, text_of: Callable[[int], str]) -> str:
     if report.points:
         parts += [*_by_layer(report.points), *_by_token(report, text_of), *_table(report.points)]
     return "\n".join(parts) + "\n"
+
+
+def _marked(text: str) -> str:
+    """The text with what stands between backticks as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
 def _by_layer(points: Sequence[PointReport]) -> list[str]:
@@ -91,14 +98,14 @@ def _by_layer(points: Sequence[PointReport]) -> list[str]:
     return [
         "<h2>What each operation adds, by point (rows) and layer (columns)</h2>",
         f'<div class="scroll"><table class="heat">{"".join(rows)}</table></div>',
-        "<p><small>White: rounding. Red: more, on a logarithmic scale; a number that is infinite "
-        "is full red. Grey: not dumped. Errors that are only inherited are not shown.</small></p>",
+        "<p><small>No colour: rounding. Red: more, on a logarithmic scale; what is infinite is "
+        "full red. Grey: not dumped. Errors that are only inherited are not shown.</small></p>",
     ]
 
 
 def _point_cell(point: PointReport | None) -> str:
     if point is None:
-        return '<td style="background:#eaeef2"></td>'
+        return '<td class="absent"></td>'
     said = (
         f"{point.point}: {figure(point.added)} units added, {figure(point.units)} in all, "
         f"{point.verdict}"
@@ -163,4 +170,4 @@ def _row(name: str, cells: Iterable[str]) -> str:
 
 
 def _cell(said: str, opacity: float) -> str:
-    return f'<td title="{said}" style="background:rgba(180,35,24,{opacity:.2f})"></td>'
+    return f'<td title="{said}" style="background:rgb(var(--red)/{opacity:.2f})"></td>'
