@@ -80,8 +80,13 @@ def test_a_degree_that_cannot_work_is_refused_before_the_tensors_are_compared(tm
 
 
 WRONG = [
-    ({"arithmetic": "exakt"}, "arithmetic is 'exakt'", "'native' or 'exact'", "mean 'exact'?"),
-    ({"arithmetic": None}, "arithmetic is None", "'native' or 'exact'", ""),
+    (
+        {"arithmetic": "exakt"},
+        "arithmetic is 'exakt'",
+        "'native' or 'fast' or 'int8' or 'exact'",
+        "mean 'exact'?",
+    ),
+    ({"arithmetic": None}, "arithmetic is None", "'native' or 'fast' or 'int8' or 'exact'", ""),
     ({"device": "gpu"}, "device is 'gpu'", "'cpu' or 'cuda'", "mean 'cuda'?"),
     ({"device": "CPU"}, "device is 'CPU'", "'cpu' or 'cuda'", ""),
     ({"device": "cuda:999"}, "device is 'cuda:999'", "GPUs", "'cpu'"),

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,13 +240,13 @@ HOLDS = {  # what the lines that call, and those that compute, must hold
     "attn.scores": ("attend_paged(", "head_matmul(q, k.transpose(-1, -2)).mul_(scale)"),
     "attn.pattern": ("attend_paged(", "torch.softmax(scores"),
     "attn.z": ("attend_paged(", "weighted_values(head_matmul, pattern, v, hidden)"),
-    "attn.out": ("self.o_proj(z.flatten(-2))", "F.linear(x, linear.weight)"),
+    "attn.out": ("self.o_proj(z.flatten(-2))", "mesh.all_reduce(y", "F.linear(x, linear.weight)"),
     "resid_mid": ('x = x + tap("attn.out"',),
     "norm2": ("self.post_attention_layernorm(x", "torch.rsqrt(wide.pow(2)"),
     "mlp.gate": ("self.gate_proj", "F.linear(x, linear.weight, linear.bias)"),
     "mlp.up": ("self.up_proj", "F.linear(x, linear.weight, linear.bias)"),
     "mlp.act": ("self.ops.silu_mul(gate, up)", "F.silu(gate).mul_(up)"),
-    "mlp.out": ("self.down_proj(", "F.linear(x, linear.weight)"),
+    "mlp.out": ("self.down_proj(", "mesh.all_reduce(y", "F.linear(x, linear.weight)"),
     "resid_post": ('x = x + tap("mlp.out"',),
     "final_norm": ("self.model.norm(x", "torch.rsqrt(wide.pow(2)"),
     "logits": ("self.lm_head(x)", "F.linear(x, linear.weight, linear.bias)"),
@@ -311,7 +312,11 @@ def test_the_shown_lines_of_the_arithmetic_compute_the_operation(model, ids, tol
         return  # additions are one line of the layer; attention is below
     cos, sin = (table[:11, None] for table in model.ops.rotary_table(model.config, 11, model.dtype))
     names = dict(eps=model.config.rms_norm_eps, cos=cos, sin=sin, mesh=model.mesh)
-    text = steps[f"layers.1.{op.point}"].code[1].text
+    _, text, *product = [code.text for code in steps[f"layers.1.{op.point}"].code]
+    if product:  # called as a method: it is run by itself too
+        names["self"] = SimpleNamespace(
+            product=lambda x, linear: computed(product, dict(x=x, linear=linear))
+        )
     result = computed([text], names | inputs[op.point])
     close(result.flatten(1) if result.dim() == 2 else result, at[op.point].view(result.shape))
 

@@ -417,7 +417,11 @@ def code_of(it: Run, op: Operation, layer: int | None) -> tuple[Code, ...]:
         return called, statement(look_up, "embedding")
     if not op.method:
         return (called,)
-    return called, between(getattr(type(it.model.ops), op.method), op.after, op.until)
+    ops = type(it.model.ops)
+    computes = between(getattr(ops, op.method), op.after, op.until)
+    if "self.product(" in computes.text:  # the sum over ranks is one matter, the product another
+        return called, computes, between(ops.product)
+    return called, computes
 
 
 def part_of(model: Qwen2, part: str, layer: int | None) -> Source:
