@@ -92,3 +92,15 @@ def test_weights_in_few_bits_have_few_values_and_are_off_by_half_a_step(bits):
     assert (wrong[name] - weights[name]).abs().max() <= step * 0.5001
     assert 2 ** (bits - 2) < len((wrong[name] / step).round().unique()) < 2**bits
     assert torch.equal(wrong["lm_head.weight"], weights["lm_head.weight"])
+
+
+def test_one_is_added_to_the_weight_of_a_norm_in_float32_whatever_the_checkpoint_has():
+    config, weights = random_model(H, K, d)
+    narrow = {name: w.bfloat16() for name, w in weights.items()}
+    name = next(name for name in narrow if "norm" in name)
+    narrow[name][0] = 2.0**-9  # lost beside 1 in bfloat16
+    _, wrong = FAULTS["norm-one-plus-weight"].apply(config, narrow)
+    assert wrong[name][0].item() == 1 + 2.0**-9
+    assert {n for n in narrow if wrong[n].dtype != torch.bfloat16} == {
+        n for n in narrow if "norm" in n
+    }

@@ -115,7 +115,12 @@ def first_heads_exchanged(config: ModelConfig, weights: Weights) -> Variant:
 
 
 def one_plus_norms(config: ModelConfig, weights: Weights) -> Variant:
-    return config, {name: w + 1 if "norm" in name else w for name, w in weights.items()}
+    """Added in float32, as Gemma does: in 16 bits the sum would be rounded in every model."""
+
+    def one_plus(w: Tensor) -> Tensor:
+        return w.to(torch.promote_types(w.dtype, torch.float32)) + 1
+
+    return config, {name: one_plus(w) if "norm" in name else w for name, w in weights.items()}
 
 
 def head_tied(config: ModelConfig, weights: Weights) -> Variant:
