@@ -370,12 +370,25 @@ class Watch(threading.Thread):
 
     def _end(self) -> NoReturn:
         """Prints the line if no other rank does, kills the lost ranks of this node, and exits."""
-        if self._is_first():
+        first = self._is_first()
+        if first:
             os.write(2, f"error: {self._reasons()}: all ranks stop\n".encode())
         for r in (self.peers.keys() & self.pidfds.keys() & self.lost.keys()) - self.left:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfds[r], signal.SIGKILL)
+        if first and TORCHRUN in self.lost:
+            self._let_peers_end()
         os._exit(1)
+
+    def _let_peers_end(self) -> None:
+        """Stays for two beats at most while peers of this node notice that the store is lost. One
+        that finds the speaker dead already would take it for killed, and print a line too."""
+        deadline = time.monotonic() + 2 * self.beat
+        here = (self.peers.keys() & self.pidfds.keys()) - self.lost.keys() - self.left
+        waiting = [self.pidfds[r] for r in here]
+        while waiting and (seconds := deadline - time.monotonic()) > 0:
+            ended, _, _ = select.select(waiting, [], [], seconds)
+            waiting = [pidfd for pidfd in waiting if pidfd not in ended]
 
     def _is_first(self) -> bool:
         """Whether this rank prints the line: the first to ask the store does. Without the store it
