@@ -11,15 +11,16 @@ model can.
 
 from __future__ import annotations
 
-import random
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from support.paths import EMBEDDED
+from support.paths import DATA, EMBEDDED
 
 from minqwen import LLM, Batch, ModelConfig, Qwen2, SamplingParams
 from minqwen.config import RopeScaling
+from minqwen.lab.tasks import Chapter, needle_questions
 from minqwen.model import Native
 from minqwen.model.rope import rotary_table
 
@@ -137,49 +138,46 @@ def test_control_a_float32_angle_is_seen_by_the_tighter_bound():
     assert error() > 10 * 2e-5
 
 
-HAYSTACK = [  # of the King James Version, from chapters that the embedded model was not trained on
-    "Make no friendship with an angry man; and with a furious man thou shalt not go:",
-    "The Father loveth the Son, and hath given all things into his hand.",
-    "But man dieth, and wasteth away: yea, man giveth up the ghost, and where is he?",
-    "And Hiram sent to the king sixscore talents of gold.",
-    "The rich ruleth over the poor, and the borrower is servant to the lender.",
-    "He shall come down like rain upon the mown grass: as showers that water the earth.",
-    "My flesh and my skin hath he made old; he hath broken my bones.",
-    "All our enemies have opened their mouths against us.",
-    "And they departed from Dophkah, and encamped in Alush.",
-]
+# Of the King James Version, from chapters that the embedded model was not trained on.
+HAYSTACK = [Chapter("held out", (DATA / "heldout_verses.txt").read_text().splitlines())]
 
 
-@pytest.mark.parametrize("verses, tokens, least", [(2, 70, 36), (3, 90, 36), (9, 220, 28)])
-def test_a_needle_is_found(embedded_model, embedded_tokenizer, verses, tokens, least):
-    """48 questions. Its card says how far the skill of a model of 1,024 tokens goes."""
+@pytest.mark.parametrize(
+    "needles, tokens, count, least",
+    [(1, 128, 32, 31), (3, 256, 24, 21), (1, 512, 16, 15), (3, 512, 16, 14), (1, 960, 12, 10)],
+)
+def test_a_needle_is_found(embedded_model, embedded_tokenizer, needles, tokens, count, least):
+    """Numbers that lie in blocks and chunks which the question is not in, in the whole context.
+
+    The card of the embedded model says how often it finds them without an engine.
+    """
     llm = LLM(
         embedded_model,
         tokenizer=embedded_tokenizer,
-        max_num_batched_tokens=32,
+        max_num_batched_tokens=96,
         max_num_seqs=8,
         block_size=7,
-        num_blocks=500,
-        max_model_len=400,
+        num_blocks=800,
         seed=0,
     )
-    llm.defaults = llm.defaults.__class__.from_dir(EMBEDDED, embedded_model.config)
-    found = {}
-    for hidden in (True, False):
-        rng, chats, answers = random.Random(verses), [], []
-        for _ in range(48):
-            name, number = (
-                rng.choice(["Aaron", "Moses", "Ruth", "Peter", "Hannah"]),
-                rng.randrange(1000, 10000),
-            )
-            text = rng.sample(HAYSTACK, verses)
-            if hidden:
-                text.insert(rng.randrange(verses + 1), f"The secret number of {name} is {number}.")
-            text = " ".join([*text, f"What is the secret number of {name}?"])
-            chats.append([{"role": "user", "content": text}])
-            answers.append(f"{number}.")
-        outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
-        found[hidden] = sum(o.outputs[0].text == answer for o, answer in zip(outputs, answers))
-        length = sum(len(o.prompt_token_ids) for o in outputs) / 48
-    assert 0.7 * tokens < length < 1.3 * tokens
-    assert found[True] >= least and found[False] == 0, found
+    questions = needle_questions(HAYSTACK, embedded_tokenizer, tokens, count, needles=needles)
+    found = answered(llm, [question.prompt for question in questions])
+    right = sum(text == question.answer for text, question in zip(found, questions))
+    assert right >= least, f"{right} of {count}"
+
+
+def test_control_without_the_needle_there_is_no_answer(embedded_model, embedded_tokenizer):
+    llm = LLM(embedded_model, tokenizer=embedded_tokenizer, num_blocks=300, seed=0)
+    questions = needle_questions(HAYSTACK, embedded_tokenizer, 128, 24)
+    prompts = [re.sub(r" ?The secret number of \w+ is \d+\.", "", q.prompt) for q in questions]
+    assert all(prompt != q.prompt for prompt, q in zip(prompts, questions))
+    found = answered(llm, prompts)
+    assert not any(text == question.answer for text, question in zip(found, questions))
+
+
+def answered(llm: LLM, prompts: list[str]) -> list[str]:
+    """What the model says greedily to each."""
+    llm.defaults = llm.defaults.__class__.from_dir(EMBEDDED, llm.config)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    return [output.outputs[0].text for output in outputs]

@@ -58,6 +58,34 @@ def test_where_greedy_text_would_repeat_itself_another_token_is_taught(
         assert not any(repeated(ids, gram)[length:])
 
 
+def test_a_teacher_corrects_what_repeats_and_what_is_unlikely(
+    parts, embedded_model, embedded_tokenizer
+):
+    train, data = parts("train.py"), parts("data.py")
+    prompts = data["Text"](CHAPTERS, embedded_tokenizer, seed=3).prompts(5, 4)
+    pupil = Qwen2.from_pretrained(EMBEDDED, dtype="float32")
+    pupil.lm_head.weight[:300] *= 2  # it prefers other tokens
+    examples = train["Writer"](pupil, embedded_model).examples(prompts)
+    own = train["Writer"](pupil).examples(prompts)
+    assert torch.equal(examples.inputs, own.inputs)
+    gram, length, repeat = train["REPEATS_GRAM"], prompts.shape[1], data["REPEAT"]
+    assert not (examples.kinds[:, : length - 1] == repeat).any()
+    corrected = 0
+    for row in range(len(own.inputs)):
+        ids = [*own.inputs[row].tolist(), int(own.targets[row, -1])]
+        logits, pupils = (model(own.inputs[row : row + 1])[0] for model in (embedded_model, pupil))
+        for at in range(length - 1, len(ids) - 1):
+            ranked = (logits[at] + pupils[at]).argsort(descending=True).tolist()
+            said = next(i for i in ranked if not repeated([*ids[: at + 1], i], gram)[-1])
+            unlikely = bool(logits[at].softmax(-1)[ids[at + 1]] < train["UNLIKELY"])
+            repeats = bool(own.kinds[row, at] == repeat)
+            assert (examples.kinds[row, at] == repeat) == (repeats or unlikely)
+            if repeats or unlikely:
+                assert examples.targets[row, at] == said
+            corrected += unlikely and not repeats
+    assert corrected > 0
+
+
 def unrepeated(
     model: Qwen2, prompt: torch.Tensor, count: int, gram: int
 ) -> tuple[list[int], list[bool]]:
@@ -99,5 +127,6 @@ def test_the_card_keeps_the_commands_of_the_trainings_before(parts, tmp_path):
     commands = ["python tools/train_embedded --minutes 2", "python tools/train_embedded --rows 4"]
     (tmp_path / "README.md").write_text("# A card\n\n    " + "\n    ".join(commands) + "\n\ntook\n")
     assert tool["earlier_commands"](tmp_path) == commands
-    flags = ["--start-from", "x", "--text=y", "--out", "z", "--rows", "4"]
-    assert tool["flags_without_places"](flags) == ["--start-from", "DIR", "--rows", "4"]
+    flags = ["--start-from", "x", "--text=y", "--out", "z", "--rows", "4", "--teacher", "x"]
+    kept = ["--start-from", "DIR", "--rows", "4", "--teacher", "DIR"]
+    assert tool["flags_without_places"](flags) == kept

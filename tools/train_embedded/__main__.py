@@ -128,6 +128,14 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
         help="begin with the weights of this checkpoint, not with random ones",
     )
     parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="DIR",
+        help="this checkpoint has a say in what should have come where the model's greedy text "
+        "repeats itself, and corrects what is unlikely to it (default: the model's own next "
+        "choice, where it repeats itself)",
+    )
+    parser.add_argument(
         "--trial",
         action="store_true",
         help="train on text alone and without every 50th chapter of it, print the loss on those, "
@@ -201,6 +209,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         out=args.out,
         run=args.run,
         start_from=args.start_from,
+        teacher=args.teacher,
         seed=args.seed,
         threads=args.threads,
         workers=args.workers,
@@ -330,7 +339,7 @@ def flags_without_places(flags: list[str]) -> list[str]:
     places = ("--text", "--out", "--run")
     found, rest = [], iter(flags)
     for flag in rest:
-        if flag == "--start-from":
+        if flag in ("--start-from", "--teacher"):
             next(rest, None)
             found += [flag, "DIR"]
         elif flag in places:

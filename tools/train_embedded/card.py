@@ -160,8 +160,9 @@ Data: the King James Version, {verses:,} verses in {chapters:,} chapters, as pri
 `bible -f gen1:1-rev22:21` of Debian's package `bible-kjv` (the text is in the public domain), and
 chats that the program makes from a seed, mixed in every step. Chats are ChatML without a system
 turn; the loss counts their answers only. Greedy text that the model itself writes in the training
-teaches it not to repeat itself: where the likeliest token would make five tokens come twice, the
-likeliest other one is the answer. Muon for the matrices in the layers, AdamW for the rest; \
+teaches it not to repeat itself: where the likeliest token would make four tokens come twice, the
+likeliest other one is the answer. With `--teacher` that checkpoint has a say in which one it is,
+and corrects what it holds for unlikely. Muon for the matrices in the layers, AdamW for the rest;
 {made.steps:,} steps, {made.tokens:,} tokens, seed {made.seed}.
 
 {commands}

@@ -38,7 +38,8 @@ REPEATS_MADE = 64  # rows of a set
 REPEATS_ROWS = 16  # of those that repeat something, so many are in a step
 NEVER = -1e4  # the logit of a token that is not to come (the engine refuses infinity)
 REPEATS_TOKENS = 64  # of a generated row
-REPEATS_GRAM = 5  # that many tokens must not come twice; the measure looks at one more
+UNLIKELY = 0.05  # a token that has a smaller probability is corrected by a teacher
+REPEATS_GRAM = 4  # that many tokens must not come twice; the measure looks at two more
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Settings:
     out: Path  # the checkpoint
     run: Path  # the state to go on from, the log, the tokenizer
     start_from: Path | None  # the checkpoint whose weights are the first ones
+    teacher: Path | None  # the checkpoint that corrects the model's greedy text; None: itself
     seed: int
     threads: int
     workers: int  # processes that make chats; 0: the training makes them itself
@@ -232,6 +234,7 @@ class Unrepeated:
 
     def __init__(self, ids: list[int]) -> None:
         self.ids, self.changed = list(ids), [False] * len(ids)
+        self.forbidden: list[list[int]] = [[] for _ in ids]  # what would have come twice
         self.following: dict[tuple[int, ...], set[int]] = {}
         for end in range(REPEATS_GRAM, len(ids) + 1):
             self._note(self.ids[end - REPEATS_GRAM : end])
@@ -240,7 +243,8 @@ class Unrepeated:
         """x [1, T, V]: the last row is that of the next token."""
         row = x[0, -1].clone()
         first = int(row.argmax())
-        row[list(self.following.get(tuple(self.ids[1 - REPEATS_GRAM :]), ()))] = NEVER
+        self.forbidden.append(list(self.following.get(tuple(self.ids[1 - REPEATS_GRAM :]), ())))
+        row[self.forbidden[-1]] = NEVER
         self.ids.append(int(row.argmax()))
         self.changed.append(self.ids[-1] != first)
         self._note(self.ids[-REPEATS_GRAM:])
@@ -251,19 +255,25 @@ class Unrepeated:
 
 
 class Writer:
-    """Greedy text of the model as it is now, and what it should say where it repeats itself."""
+    """Greedy text of the model as it is, in which nothing comes twice, and what is taught of it.
 
-    def __init__(self, model: Qwen2) -> None:
-        native = shared(model, Native())
+    Where the likeliest token would have come twice, the likeliest other one is taught: to the model
+    itself, or, with `teacher`, a checkpoint, to both, by the product of their probabilities. A
+    teacher also corrects tokens that it holds for unlikely: without it, a long training drifts to
+    strings of punctuation.
+    """
+
+    def __init__(self, model: Qwen2, teacher: Qwen2 | None = None) -> None:
         blocks = REPEATS_MADE * (REPEATS_TOKENS + PROMPT_TOKENS) // 16
+        native = shared(model, Native())
         self.engine = LLM(native, num_blocks=blocks + REPEATS_MADE, max_num_seqs=REPEATS_MADE)
         self.params = SamplingParams(temperature=0, max_tokens=REPEATS_TOKENS, ignore_eos=True)
+        self.teacher = teacher
 
     def examples(self, prompts: Tensor) -> Examples | None:
-        """Text after `prompts` in which nothing is repeated; None where nothing would have been.
+        """What is taught of the text after `prompts` [B, T].
 
-        The tokens count that are others than the likeliest, because that one would have repeated
-        what came before.
+        Rows that would have repeated nothing anyway are left out; None: there are no others.
         """
         rows = [Unrepeated(ids) for ids in prompts.tolist()]
         with half_precision(self.engine.model.device):
@@ -274,10 +284,26 @@ class Writer:
         rows = [row for row in rows if any(row.changed)]
         if not rows:
             return None
-        changed = torch.tensor([row.changed for row in rows])
-        return Examples.of(
-            torch.tensor([row.ids for row in rows]), torch.where(changed, REPEAT, NOTHING)
-        )
+        ids, taught = (torch.tensor([getattr(row, x) for row in rows]) for x in ("ids", "changed"))
+        examples = Examples.of(ids, torch.where(taught, REPEAT, NOTHING))
+        return examples if self.teacher is None else self.corrected(examples, rows, self.teacher)
+
+    @torch.no_grad()
+    def corrected(self, examples: Examples, rows: list[Unrepeated], teacher: Qwen2) -> Examples:
+        """The same with what the model and its teacher together would have said."""
+        ids = examples.inputs.to(teacher.device)
+        with half_precision(teacher.device):
+            logits, own = (model(ids).float().cpu() for model in (teacher, self.engine.model))
+        first = len(rows[0].ids) - REPEATS_TOKENS - 1  # the column of the first token's target
+        said = logits.softmax(-1).gather(-1, examples.targets[..., None])[..., 0]
+        unlikely = said < UNLIKELY
+        unlikely[:, :first] = False
+        logits += own
+        for row, written in zip(logits, rows):
+            for at, forbidden in enumerate(written.forbidden[1:]):
+                row[at, forbidden] = NEVER
+        kinds = examples.kinds.masked_fill(unlikely, REPEAT)
+        return Examples(examples.inputs, logits.argmax(-1), kinds)
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -305,7 +331,10 @@ class Run:
             of_text: shared(self.model, Training(s.dropout if of_text else 0.0))
             for of_text in (True, False)
         }
-        self.writer = Writer(self.model)
+        teacher = None
+        if s.teacher is not None:
+            teacher = Qwen2.from_pretrained(s.teacher, dtype="float32", device=s.device)
+        self.writer = Writer(self.model, teacher)
 
     def done(self) -> float:
         """The part of the training that lies behind us; 1 or more at its end."""
