@@ -31,7 +31,7 @@ def test_replicas_print_the_texts_of_one_process():
     assert REPLICAS.splitlines() == lines and len(lines) == 5
 
 
-def test_eight_ranks_and_two_nodes_print_the_readmes_text():
+def test_eight_ranks_and_two_nodes_print_the_text_of_the_readme():
     text = next(text for language, text in blocks_of("README.md") if not language).splitlines()[0]
     assert EIGHT_RANKS.splitlines()[0] == TWO_NODES.splitlines()[0] == text
 
