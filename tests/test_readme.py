@@ -59,9 +59,7 @@ def seven(monkeypatch) -> list[list[str]]:
     assert first.startswith("MODEL=")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 47 + 38?"))
-    return [
-        shlex.split(line.replace("$MODEL", str(EMBEDDED)), comments=True) for line in commands
-    ]
+    return [shlex.split(line.replace("$MODEL", str(EMBEDDED)), comments=True) for line in commands]
 
 
 def test_the_commands_for_a_7b_run_with_the_embedded_model(seven):
