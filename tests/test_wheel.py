@@ -50,7 +50,8 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_a_wheel_has_every_file_of_the_package_and_of_the_model(wheel):
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    sources = [*(ROOT / "minqwen").rglob("*.py"), ROOT / "minqwen/py.typed"]
+    data = [ROOT / "minqwen/py.typed", ROOT / "minqwen/serve/page.html"]
+    sources = [*(ROOT / "minqwen").rglob("*.py"), *data]
     want = {str(path.relative_to(ROOT)) for path in sources}
     assert files == want | {f"minqwen/embedded/{path.name}" for path in EMBEDDED.iterdir()}
 

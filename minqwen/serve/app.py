@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -27,6 +27,7 @@ from minqwen.serve.completions import Completions
 from minqwen.serve.errors import ApiError
 from minqwen.serve.front import Ticket
 from minqwen.serve.orders import Job
+from minqwen.serve.page import PAGE, page_headers
 from minqwen.serve.requests import (
     ChatRequest,
     CompletionRequest,
@@ -66,12 +67,23 @@ def make_app(
     )
     guarded = [Depends(key_check(api_key))]
     add_handlers(app, service)
+    add_page(app)
     add_generation(app, service, guarded)
     add_tokens(app, service, guarded)
     add_state(app, service, guarded, health_seconds)
     app.add_middleware(BodyLimit, most=service.limits.body_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     return app
+
+
+def add_page(app: FastAPI) -> None:
+    """The page needs no key: it has nothing of the model, and takes the key from its reader."""
+    text = PAGE.read_text(encoding="utf-8")
+    headers = page_headers(text)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(text, headers=headers)
 
 
 def add_generation(app: FastAPI, service: Service, guarded: Sequence[Any]) -> None:

@@ -221,6 +221,7 @@ class OfChat(Model):
 
 
 class ChatRequest(OfChat, Sampled):
+    continue_token_ids: TokenIds | None = None  # ours: they follow the prompt of the messages
     max_completion_tokens: Integer | None = None
     logprobs: Flag | None = None
     top_logprobs: Integer | None = None
@@ -248,3 +249,4 @@ class TokenizeRequest(Model):
 class DetokenizeRequest(Model):
     model: Text | None = None
     tokens: TokenIds
+    return_token_bytes: Flag = False  # ours

@@ -71,7 +71,8 @@ class Service:
         check_grammar_size("tools", body.tools or "", self.limits)
         tools = tools_for_template(body)
         params = chat_params(body, self.llm.defaults, self.limits, forced_calls(body))
-        prompt = self.chat_ids(body, tools)
+        prompt = self.chat_ids(body, tools) + self.begun_answer(body)
+        self.check_ids("messages", prompt)
         heading = Heading.new("chatcmpl", self.name, self.fingerprint)
         call = Chat(body, heading, self.tokenizer, prompt, finds_calls=tools is not None)
         return call, self.jobs(heading, [prompt], params, body.cache_salt)
@@ -128,6 +129,13 @@ class Service:
         self.check_ids("messages", ids)
         return ids
 
+    def begun_answer(self, body: ChatRequest) -> list[int]:
+        """The tokens of an answer that is to be continued; no text has every sequence of them."""
+        ids = body.continue_token_ids or []
+        if ids:
+            self.check_ids("continue_token_ids", ids)
+        return ids
+
     @property
     def templates(self) -> dict[str, str]:
         return self.tokenizer.chat_templates
@@ -171,6 +179,19 @@ class Service:
             "root": self.name,
             "max_model_len": self.max_model_len,
             "system_fingerprint": self.fingerprint,
+            "default_sampling_params": self.default_params(),
+        }
+
+    def default_params(self) -> dict[str, Any]:
+        """The values of generation_config.json, which absent fields of a request have."""
+        defaults = self.llm.defaults
+        return {
+            "temperature": defaults.temperature,
+            "top_p": defaults.top_p,
+            "top_k": defaults.top_k,
+            "min_p": defaults.min_p,
+            "repetition_penalty": defaults.repetition_penalty,
+            "max_tokens": defaults.max_new_tokens,
         }
 
     def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
@@ -194,7 +215,10 @@ class Service:
         wrong = next((id for id in body.tokens if id < 0), None)
         if wrong is not None:
             raise ApiError(400, f"tokens has {wrong}: expected ids from 0 on", param="tokens")
-        return {"prompt": self.tokenizer.decode(body.tokens)}
+        found: dict[str, Any] = {"prompt": self.tokenizer.decode(body.tokens)}
+        if body.return_token_bytes:
+            found["token_bytes"] = [list(self.tokenizer.token_bytes(id)) for id in body.tokens]
+        return found
 
     def tokenizer_info(self) -> dict[str, Any]:
         tokenizer = self.tokenizer
@@ -205,6 +229,7 @@ class Service:
             **tokenizer.named_tokens,
             "added_tokens": tokenizer.added_tokens,
             "special_token_ids": sorted(tokenizer.special_ids),
+            "eos_token_ids": list(self.llm.defaults.eos_token_ids),
             "chat_template": tokenizer.chat_templates.get("default"),
             "chat_templates": sorted(tokenizer.chat_templates),
         }

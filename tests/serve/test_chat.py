@@ -115,6 +115,27 @@ def test_the_last_message_can_be_continued(client, embedded_tokenizer):
     assert found.prompt_token_ids == expected
 
 
+def test_an_answer_is_continued_from_tokens(client):
+    """Also from tokens that no text becomes: here each character is a token of its own."""
+    body = {"return_token_ids": True}
+    whole = chat(client, temperature=0, max_tokens=6, extra_body=body)
+    ids = whole.choices[0].token_ids
+    for count in (0, 1, 4):
+        begun = {**body, "continue_token_ids": ids[:count]}
+        rest = chat(client, temperature=0, max_tokens=6 - count, extra_body=begun)
+        assert rest.choices[0].token_ids == ids[count:]
+        assert rest.prompt_token_ids == whole.prompt_token_ids + ids[:count]
+        assert rest.usage.prompt_tokens == len(rest.prompt_token_ids)
+
+
+def test_a_stream_goes_on_from_tokens_that_are_no_text(client, embedded_tokenizer):
+    letters = [embedded_tokenizer.token_to_id(letter) for letter in "God"]
+    assert embedded_tokenizer.encode("God") != letters
+    body = {"continue_token_ids": letters, "return_token_ids": True}
+    first, *_ = chat(client, max_tokens=1, extra_body=body, stream=True)
+    assert first.prompt_token_ids == embedded_tokenizer.encode_chat(SUM) + letters
+
+
 # ---- JSON ---------------------------------------------------------------------------------------
 
 
@@ -164,6 +185,12 @@ def test_vllms_structured_outputs(client):
         ({"stop": "x", "response_format": {"type": "json_object"}}, "cannot be combined"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "reads none"),
         ({"logit_bias": {"x": 1}}, "token ids"),
+        (
+            {"extra_body": {"continue_token_ids": [10**6]}},
+            "continue_token_ids has token id 1000000",
+        ),
+        ({"extra_body": {"continue_token_ids": [-1]}}, "continue_token_ids has token id -1"),
+        ({"extra_body": {"continue_token_ids": [5] * 115}}, "shorten it"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(client, fields, said):

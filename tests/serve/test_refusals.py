@@ -94,10 +94,11 @@ def test_addresses_that_are_not_there(server):
     assert "only 'small'" in refused(server.post("/v1/completions", prompt="a", model="b"), 404)
 
 
-def test_the_model_is_listed(client):
+def test_the_model_is_listed(client, llm):
     (model,) = client.models.list().data
     assert model.id == NAME == client.models.retrieve(NAME).id
     assert model.max_model_len == 128
+    assert model.default_sampling_params["top_p"] == llm.defaults.top_p
 
 
 def test_with_a_key_only_those_who_have_it_are_served(llm):
@@ -163,6 +164,11 @@ def test_text_becomes_tokens_and_text_again(server, embedded_tokenizer):
     assert found["max_model_len"] == 128
     back = server.post("/detokenize", tokens=found["tokens"]).json()
     assert back == {"prompt": "And God said"}
+    asked = {"tokens": found["tokens"], "return_token_bytes": True}
+    pieces = server.post("/detokenize", **asked).json()["token_bytes"]
+    assert [bytes(piece) for piece in pieces] == [
+        embedded_tokenizer.token_bytes(id) for id in found["tokens"]
+    ]
     chat = [{"role": "user", "content": "hi"}]
     asked = server.post("/tokenize", messages=chat, add_generation_prompt=False).json()
     expected = embedded_tokenizer.encode_chat(chat, add_generation_prompt=False)
@@ -177,6 +183,7 @@ def test_the_tokenizer_is_described(server, embedded_tokenizer):
         found = http.get("/tokenizer_info").json()
     assert found["vocab_size"] == embedded_tokenizer.vocab_size
     assert found["eos_token"] == "<|im_end|>" and "im_start" in found["chat_template"]
+    assert embedded_tokenizer.token_to_id("<|im_end|>") in found["eos_token_ids"]
 
 
 # ---- metrics ------------------------------------------------------------------------------------
