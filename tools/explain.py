@@ -19,18 +19,26 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minqwen import Mesh, ModelConfig, Tokenizer  # before torch, for Ctrl-C
+from minqwen import Mesh, ModelConfig  # before torch, for Ctrl-C
 from minqwen.checks import integer
-from minqwen.cli import EMBEDDED, Parser, check_writable, model_flags, model_options, run
+from minqwen.cli import Parser, check_writable, model_flags, model_options, run
 from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.files import write_text
 from minqwen.lab.explain import contrast_page, contrast_text
 from minqwen.lab.explain import page as explain_page
 from minqwen.lab.explain import text as explain_text
 from minqwen.lab.explain.contrast import Contrast, contrast
-from minqwen.lab.explain.explain import BLOCK_SIZE, Explanation, Spell, explain
+from minqwen.lab.explain.explain import BLOCK_SIZE, Explanation, explain
 from minqwen.lab.faults import HEAD_FAULTS, Fault
-from minqwen.lab.prompt import check_prompt, chosen_fault, load_model, prompt_flags, read_prompt
+from minqwen.lab.prompt import (
+    check_prompt,
+    chosen_fault,
+    load_model,
+    name_of,
+    prompt_flags,
+    read_prompt,
+    speller,
+)
 
 
 def parse() -> argparse.Namespace:
@@ -67,17 +75,6 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
         raise MinqwenError(
             f"--fault {args.fault} is a wrong way to add heads: `tools/heads.py demo` shows it"
         )
-
-
-def speller(args: argparse.Namespace) -> Spell:
-    """An id's text; ids alone need no tokenizer."""
-    try:
-        tokenizer = Tokenizer.from_dir(args.model)
-    except MinqwenError:
-        if args.ids is None:
-            raise
-        return lambda id: f"#{id}"
-    return lambda id: tokenizer.decode([id])
 
 
 def main() -> int:
@@ -128,11 +125,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def name_of(args: argparse.Namespace) -> str:
-    same = Path(args.model).resolve() == Path(EMBEDDED).resolve()
-    return "the embedded model" if same else str(args.model)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ python tools/trace.py show "In the beginning" --names "*.attn.z" "final_norm"
 python tools/trace.py show "What is 47 + 38?" --chat
 python tools/trace.py save "In the beginning" OUT.safetensors --names "*.resid_post"
 python tools/trace.py save OUT.safetensors --ids 5,300,17 --names "*"
+python tools/trace.py plot "In the beginning" OUT.html
 python tools/trace.py faults                  every mistake that --fault can put into the model
 python tools/trace.py show "In the beginning" --fault rope-interleaved
 
-A saved file says in its metadata what it is of: ids, text, dtype, arithmetic, model, and the
+A plotted page has the attention patterns, the logit lens and what each head adds, and needs nothing
+else. A saved file says in its metadata what it is of: ids, text, dtype, arithmetic, model, and the
 SHA-256 of config.json and of each weight file; the numbers of heads and the mistake, if the command
 named any.
 """
@@ -41,9 +43,19 @@ from minqwen.cli import (
     run,
 )
 from minqwen.errors import MinqwenError, is_first_rank
+from minqwen.files import write_text
+from minqwen.lab.explain.picture import as_html, picture
 from minqwen.lab.faults import FAULTS, Fault
 from minqwen.lab.golden import file_digests
-from minqwen.lab.prompt import check_prompt, chosen_fault, load_model, prompt_flags, read_prompt
+from minqwen.lab.prompt import (
+    check_prompt,
+    chosen_fault,
+    load_model,
+    name_of,
+    prompt_flags,
+    read_prompt,
+    speller,
+)
 from minqwen.model.trace import POINTS, Point, select
 
 
@@ -73,6 +85,20 @@ def print_faults(args: argparse.Namespace) -> None:
         needs = f"; needs {fault.needs.what}" if fault.needs else ""
         print(f"{fault.name}  ({fault.kind}, first at {fault.first or 'no point'}{needs})")
         print(f"    {fault.symptom} Source: {fault.source}.")
+
+
+def plot(args: argparse.Namespace) -> None:
+    """A page of pictures."""
+    check_writable(args.out, "OUT.html")
+    mesh = Mesh.from_env(args.device)
+    config = ModelConfig.from_json(args.model)
+    fault = told_fault(args, config)
+    ids, _ = read_prompt(args, config, fault)
+    spell = speller(args)
+    model = load_model(args.model, mesh, fault, **model_options(args))
+    drawn = as_html(picture(model, ids, spell, name_of(args), args.layers))
+    if is_first_rank():
+        write_text(Path(args.out), drawn, MinqwenError)
 
 
 @dataclass
@@ -161,31 +187,55 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser.add_command("points", help="print the table of points"))
     parser.add_command("faults", help="print the catalogue of mistakes")
-    for name, what in (
-        ("show", "print size and spread of intermediates"),
-        ("save", "write intermediates to a safetensors file"),
+    for name, what, out in (
+        ("show", "print size and spread of intermediates", None),
+        ("save", "write intermediates to a safetensors file", "OUT.safetensors"),
+        ("plot", "draw patterns, logit lens and heads on one HTML page", "OUT.html"),
     ):
         command = parser.add_command(name, help=what)
         prompt_flags(command)
-        if name == "save":
-            command.add_argument("out", metavar="OUT.safetensors")
-        command.add_argument(
-            "--names",
-            nargs="+",
-            default=["*.resid_post", "final_norm", "logits"],
-            metavar="NAME",
-            help="names or patterns, ours or TransformerLens's",
-        )
+        if out is not None:
+            command.add_argument("out", metavar=out)
+        if name == "plot":
+            layers_flag(command)
+        else:
+            names_flag(command)
         model_flags(command)
     args: argparse.Namespace = parser.parse_args()
-    if args.command in ("show", "save"):
+    if args.command in ("show", "save", "plot"):
         check_prompt(parser, args)
     return args
 
 
+def names_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--names",
+        nargs="+",
+        default=["*.resid_post", "final_norm", "logits"],
+        metavar="NAME",
+        help="names or patterns, ours or TransformerLens's",
+    )
+
+
+def layers_flag(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="layers whose attention patterns are drawn (default: all)",
+    )
+
+
 def main() -> int:
     args = parse()
-    commands = {"points": print_points, "faults": print_faults, "show": show, "save": save}
+    commands = {
+        "points": print_points,
+        "faults": print_faults,
+        "show": show,
+        "save": save,
+        "plot": plot,
+    }
     commands[args.command](args)
     return 0
 

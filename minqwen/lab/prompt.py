@@ -6,8 +6,11 @@ tools/trace.py and tools/explain.py ask for both in the same way.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from minqwen.checkpoint.embedded import EMBEDDED
 from minqwen.config import ModelConfig
 from minqwen.errors import MinqwenError
 from minqwen.heads.view import load_pretrained
@@ -78,6 +81,23 @@ def read_prompt(
     if not ids:
         raise MinqwenError("the text has no tokens: give at least one")
     return ids, text
+
+
+def speller(args: argparse.Namespace) -> Callable[[int], str]:
+    """An id's text; ids alone need no tokenizer."""
+    try:
+        tokenizer = Tokenizer.from_dir(args.model)
+    except MinqwenError:
+        if args.ids is None:
+            raise
+        return lambda id: f"#{id}"
+    return lambda id: tokenizer.decode([id])
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """What a page calls the model."""
+    same = Path(args.model).resolve() == Path(EMBEDDED).resolve()
+    return "the embedded model" if same else str(args.model)
 
 
 def load_model(path: str, mesh: Mesh, fault: Fault | None, **options: Any) -> Qwen2:

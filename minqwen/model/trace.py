@@ -430,18 +430,28 @@ def run_with_hooks(
             if answer is not None:
                 check_replacement(name, answer, shaped)
                 shaped = answer
-        # With gradients the rest is computed from the very tensor that the hooks saw, not from x,
-        # which it is a view of: then `retain_grad` and `requires_grad_` in a hook do what they say.
-        if shaped.requires_grad and not model.differentiable:
-            raise TraceError(
-                f"the hook on {name} asks for gradients, which this arithmetic has none of: load "
-                "the model with arithmetic='native'"
-            )
-        unchanged = shaped is seen and not shaped.requires_grad
-        return None if unchanged else shaped.reshape(x.shape)
+        return handed_on(model, name, x, seen, shaped)
 
     every = set().union(*(names for names, _ in hooks))
     return model(ids, tap=TracingTap(model, every, show, gather))
+
+
+def handed_on(
+    model: Traceable, name: str, x: Tensor, seen: Tensor, shaped: Tensor
+) -> Tensor | None:
+    """What a tap returns for x, whose view `seen` hooks have turned into `shaped`.
+
+    With gradients the rest is computed from the very tensor that the hooks saw, not from x, which
+    it is a view of: then `retain_grad` and `requires_grad_` in a hook do what they say. Raises
+    TraceError if a hook asks for gradients of an arithmetic that has none.
+    """
+    if shaped.requires_grad and not model.differentiable:
+        raise TraceError(
+            f"the hook on {name} asks for gradients, which this arithmetic has none of: load "
+            "the model with arithmetic='native'"
+        )
+    unchanged = shaped is seen and not shaped.requires_grad
+    return None if unchanged else shaped.reshape(x.shape)
 
 
 def batched(x: Tensor, point: Point, ids: Tensor) -> Tensor:

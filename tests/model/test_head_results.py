@@ -174,6 +174,21 @@ def test_what_takes_its_place_is_summed(tiny):
     torch.testing.assert_close(doubled, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_what_is_written_into_it_is_summed_too(tiny):
+    ids = tokens(tiny, 2, 5)
+
+    def halve(x, name):
+        x[:, 2] *= 0.5
+
+    written = tiny.run_with_hooks(ids, [(RESULT, halve)])
+    given = tiny.run_with_hooks(
+        ids, [(RESULT, lambda x, name: torch.where(torch.arange(5)[:, None, None] == 2, x / 2, x))]
+    )
+    assert torch.equal(written, given) and not torch.equal(written, tiny(ids))
+    with torch.inference_mode():  # there tensors do not count how often they were written to
+        assert torch.equal(tiny.run_with_hooks(ids, [(RESULT, halve)]), written)
+
+
 def test_it_has_gradients(tiny):
     kept = []
 

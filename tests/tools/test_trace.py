@@ -203,3 +203,15 @@ def test_a_trace_with_more_heads_says_so(tmp_path):
     with safe_open(tmp_path / "t.safetensors", "pt") as file:
         assert json.loads(file.metadata()["heads"])["num_attention_heads"] == 32
         assert file.get_slice("layers.0.attn.pattern").get_shape()[0] == 32
+
+
+def test_plot_writes_a_page(tmp_path):
+    out = tmp_path / "plot.html"
+    result = run_tool_here("trace.py", "plot", TEXT, out, "--layers", "0", "3")
+    assert result.code == 0 and result.out == "", result.err
+    page = out.read_text()
+    assert "In the beginning" in page and page.count("<figure") == 2 * 28
+    wrong = run_tool_here("trace.py", "plot", TEXT, out, "--layers", "4")
+    assert wrong.code == 2 and wrong.err == "error: --layers has 4, expected 0 to 3\n"
+    missing = run_tool_here("trace.py", "plot", TEXT, tmp_path / "nowhere" / "plot.html")
+    assert missing.code == 2 and len(missing.err.splitlines()) == 1
