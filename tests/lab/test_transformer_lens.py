@@ -336,6 +336,12 @@ def test_processing_of_weights_is_refused_by_name(embedded, option, monkeypatch)
         HookedTransformer.from_pretrained(embedded, **{option: True})
 
 
+def test_a_tokenizer_of_another_library_is_refused(embedded, monkeypatch):
+    monkeypatch.setattr(Qwen2, "from_pretrained", None)
+    with pytest.raises(MinqwenError, match="tokenizer is a dict, expected its directory"):
+        HookedTransformer.from_pretrained_no_processing(embedded, tokenizer={})
+
+
 def test_from_pretrained_says_once_what_it_does_not_do(embedded):
     with pytest.warns(UserWarning, match="without TransformerLens' fold_ln, center_writing"):
         HookedTransformer.from_pretrained(embedded)

@@ -154,6 +154,11 @@ class HookedTransformer(Text, Weights, nn.Module):
         option of TransformerLens that would change the weights.
         """
         refuse_options(options)
+        if not isinstance(tokenizer, Tokenizer | str | Path | None):
+            raise MinqwenError(
+                f"tokenizer is a {type(tokenizer).__name__}, expected its directory, or nothing "
+                "for the model's own"
+            )
         if not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer.from_dir(model_name if tokenizer is None else tokenizer)
         model = Qwen2.from_pretrained(model_name, dtype=dtype, device=device, arithmetic=arithmetic)
