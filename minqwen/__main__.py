@@ -6,4 +6,4 @@ import runpy
 
 from minqwen.commands import TOOLS
 
-runpy.run_path(str(TOOLS / "__main__.py"), run_name="__main__")
+runpy.run_path(str(TOOLS / "_minqwen.py"), run_name="__main__")

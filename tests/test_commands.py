@@ -21,7 +21,7 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").iterdir() if path.name[0] 
 
 def without_packages(*args: str, rank: str = "0") -> subprocess.CompletedProcess[str]:
     """`minqwen ARGS` in a Python that has no installed package, and so no torch."""
-    command = [sys.executable, "-I", "-S", str(ROOT / "tools" / "__main__.py"), *args]
+    command = [sys.executable, "-I", "-S", str(ROOT / "tools" / "_minqwen.py"), *args]
     return subprocess.run(command, capture_output=True, text=True, env={"RANK": rank})
 
 
@@ -69,21 +69,21 @@ def test_other_ranks_do_not_repeat_it():
 
 
 def test_a_command_is_the_tool():
-    done = run_tool_here("__main__.py", "trace", "points")
+    done = run_tool_here("_minqwen.py", "trace", "points")
     assert done.code == 0 and done == run_tool_here("trace.py", "points")
 
 
 @pytest.mark.parametrize("name", ["make-checkpoint", "make_checkpoint"])
 def test_a_command_of_two_words_has_a_hyphen_or_an_underscore(name):
-    done = run_tool_here("__main__.py", name, "--help")
+    done = run_tool_here("_minqwen.py", name, "--help")
     assert done.code == 0 and done.out.startswith(f"usage: minqwen {name} ")
 
 
 def test_usage_and_mistakes_of_a_command_name_it_and_not_the_file():
-    done = run_tool_here("__main__.py", "heads", "--help")
+    done = run_tool_here("_minqwen.py", "heads", "--help")
     assert done.code == 0 and done.out.startswith("usage: minqwen heads ")
     assert "minqwen heads plan MODEL" in done.out and "tools/" not in done.out
-    done = run_tool_here("__main__.py", "trace", "show", "x", "--names", "nothing")
+    done = run_tool_here("_minqwen.py", "trace", "show", "x", "--names", "nothing")
     assert done.code == 2 and "`minqwen trace points` lists them" in done.err
     done = run_tool_here("trace.py", "show", "x", "--names", "nothing")
     assert done.code == 2 and "`tools/trace.py points` lists them" in done.err

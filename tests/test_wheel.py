@@ -34,7 +34,7 @@ names = sys.argv[1:]
 for name in names:
     sys.argv = ["minqwen", name, "--help"]
     try:
-        runpy.run_path(str(TOOLS / "__main__.py"), run_name="__main__")
+        runpy.run_path(str(TOOLS / "_minqwen.py"), run_name="__main__")
     except SystemExit as end:
         assert end.code == 0, name
 from minqwen.model.trace import select
@@ -84,7 +84,7 @@ def test_a_wheel_has_the_licence_and_the_command(wheel):
     licence = archive.read(described.replace("METADATA", "licenses/LICENSE"))
     assert licence == (ROOT / "LICENSE").read_bytes()
     scripts = archive.read(described.replace("METADATA", "entry_points.txt")).decode()
-    assert scripts == "[console_scripts]\nminqwen = minqwen_tools.__main__:main\n"
+    assert scripts == "[console_scripts]\nminqwen = minqwen_tools._minqwen:main\n"
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_an_installed_engine_without_an_argument_runs_the_embedded_model(install
 
 
 def test_an_installed_command_lists_all_without_torch_and_knows_its_version(installed, tmp_path):
-    script = "import sys; from minqwen_tools.__main__ import main; main(); print(*sys.modules)"
+    script = "import sys; from minqwen_tools._minqwen import main; main(); print(*sys.modules)"
     *told, loaded = run(installed, tmp_path, script, "--help")
     names = [path.stem.replace("_", "-") for path in sorted((ROOT / "tools").glob("[a-z]*.py"))]
     assert [line.split()[0] for line in told if re.match(r"  \S", line)] == names

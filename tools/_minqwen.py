@@ -59,6 +59,14 @@ def version() -> str:
     return f"minqwen {number} (torch {torch}, Python {platform.python_version()})"
 
 
+def say(text: str) -> None:
+    """Print it. The reader of our output may go away, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def refuse(command: str) -> int:
     """One line about a command that is not there, from rank 0; exit code 2."""
     close = difflib.get_close_matches(command, commands(), n=1)
@@ -82,11 +90,11 @@ def run(program: Path) -> None:
 
 def main() -> int:
     command, *arguments = sys.argv[1:] or [""]
-    if command in ("", "-h", "--help"):
-        print(usage(), file=sys.stdout if command else sys.stderr)
-        return 0 if command else 2
-    if command in ("-V", "--version"):
-        print(version())
+    if not command:
+        print(usage(), file=sys.stderr)
+        return 2
+    if command in ("-h", "--help", "-V", "--version"):
+        say(version() if command in ("-V", "--version") else usage())
         return 0
     program = commands().get(command.replace("_", "-"))
     if program is None:
