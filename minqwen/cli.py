@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from minqwen.checkpoint.embedded import EMBEDDED as EMBEDDED  # tools import it from here
 from minqwen.checks import did_you_mean
+from minqwen.commands import as_called_here, forget_tools
 from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.heads.layout import RECIPES
 from minqwen.parallel import Mesh
@@ -58,6 +59,9 @@ class Parser(argparse.ArgumentParser):
         """One line about arguments that nobody expects."""
         flag = next((word for word in words if word.startswith("-")), words[0])
         return f"unexpected argument {flag!r}{did_you_mean(flag.split('=')[0], self.flags())}"
+
+    def format_help(self) -> str:
+        return as_called_here(super().format_help())
 
     def flags(self) -> set[str]:
         """Every flag of this command line and of its commands."""
@@ -213,6 +217,7 @@ def say_mistake(text: str) -> None:
 
     Every rank tells torchrun: if another is faster, torchrun may end rank 0 before it speaks.
     """
+    text = as_called_here(text)
     if is_first_rank():
         print(f"error: {text}", file=sys.stderr, flush=True)
     tell_torchrun(f"error: {text}")
@@ -234,6 +239,7 @@ def tell_torchrun(line: str) -> None:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2."""
+    forget_tools()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         sys.exit(main())

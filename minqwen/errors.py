@@ -10,9 +10,18 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from minqwen.commands import as_called_here
+
 
 class MinqwenError(ValueError):
-    """Base of every error a user can cause. Command lines print it as one line and exit with 2."""
+    """Base of every error a user can cause. Command lines print it as one line and exit with 2.
+
+    A message names tools as a checkout has them, `tools/heads.py`; it is read as they are called
+    here.
+    """
+
+    def __str__(self) -> str:
+        return as_called_here(super().__str__())
 
 
 class ConfigError(MinqwenError):
@@ -71,4 +80,4 @@ def is_first_rank() -> bool:
 def warn(text: str, stacklevel: int) -> None:
     """A warning from rank 0 alone. stacklevel: as in `warnings.warn`, counted from the caller."""
     if is_first_rank():
-        warnings.warn(text, stacklevel=stacklevel + 1)
+        warnings.warn(as_called_here(text), stacklevel=stacklevel + 1)

@@ -13,6 +13,7 @@ from support.paths import ROOT
 # From the bottom to the top. A room imports itself and the rooms before it.
 ROOMS = [
     ["interrupts"],
+    ["commands"],
     ["errors"],
     ["files"],
     ["checks"],
@@ -29,6 +30,7 @@ ROOMS = [
     ["serve"],
     ["cli"],
     ["__init__"],
+    ["__main__"],
 ]
 HEIGHT = {name: height for height, room in enumerate(ROOMS) for name in room}
 # What is computed depends on a config and on the ranks. (checks words the refusals.)

@@ -29,6 +29,7 @@ from torch import Tensor
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
 from minqwen.checks import integer
 from minqwen.cli import EMBEDDED, Parser, check_writable, run
+from minqwen.commands import as_called_here
 from minqwen.errors import HeadsError, MinqwenError, TokenizerError
 from minqwen.files import check_directory
 from minqwen.heads import adapter, convert, packed
@@ -127,7 +128,7 @@ def print_proposal(title: str, proposal: Proposal, source: ModelConfig, model: s
     for note in proposal.notes:
         print(f"  note: {note}")
     if flags:
-        print(f"  tools/heads.py extend {model} DST {flags}")
+        print(as_called_here(f"  tools/heads.py extend {model} DST {flags}"))
 
 
 def flags_for(source: ModelConfig, target: ModelConfig) -> str:

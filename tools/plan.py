@@ -24,6 +24,7 @@ from minqwen.checkpoint import Checkpoint
 from minqwen.checkpoint.weight_files import INDEX, SINGLE
 from minqwen.checks import integer
 from minqwen.cli import Parser, check_writable, heads_flags, run
+from minqwen.commands import as_called_here
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import MinqwenError, ParallelError
 from minqwen.heads.layout import extended_config
@@ -280,10 +281,11 @@ def show_quantised(found: list[Answer]) -> None:
             )
         wider = uneven_groups(c, packing, a.estimate.size)
         if wider is not None:
+            extend = as_called_here("tools/heads.py extend")
             print(
                 f"note: {a.estimate.size} GPUs cannot share the MLP's {c.intermediate_size:,} in "
                 f"whole groups of {packing.group}, and most engines then refuse: before "
-                f"quantising, pad it with tools/heads.py extend --intermediate-size {wider}"
+                f"quantising, pad it with {extend} --intermediate-size {wider}"
             )
 
 

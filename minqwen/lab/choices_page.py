@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from minqwen.commands import as_called_here
 from minqwen.config import ModelConfig
 from minqwen.lab.choices import Assessment, Best, Comparison, Speed
 from minqwen.lab.planner import GB
@@ -79,7 +80,8 @@ def _remedy(config: ModelConfig, each: Assessment) -> str:
         flags += f" --num-key-value-heads {each.kv_heads}"
     if each.intermediate_size == config.intermediate_size:
         return f"load with {flags}"
-    return f"tools/heads.py extend {flags} --intermediate-size {each.intermediate_size}"
+    extend = as_called_here("tools/heads.py extend")
+    return f"{extend} {flags} --intermediate-size {each.intermediate_size}"
 
 
 def _speeds(seen: Comparison, card: str) -> list[str]:

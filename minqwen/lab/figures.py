@@ -15,9 +15,8 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise MinqwenError(
-            "--plot needs matplotlib, which is not installed: pip install 'minqwen[plot]'"
-        ) from None
+        line = '--plot needs matplotlib: pip install "minqwen[plot]"'
+        raise MinqwenError(line) from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

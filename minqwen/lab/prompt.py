@@ -31,7 +31,7 @@ def prompt_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fault",
         metavar="NAME",
-        help="a mistake to put into the model, from the catalogue: trace.py faults",
+        help="a mistake to put into the model, from the catalogue: tools/trace.py faults",
     )
 
 

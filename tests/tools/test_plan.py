@@ -120,7 +120,7 @@ def test_plot_and_what_to_do_without_matplotlib(tmp_path, monkeypatch):
     assert done.code == 0 and "<svg" in (tmp_path / "a.svg").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run_tool_here("plan.py", "--size", "0.5B", "--plot", tmp_path / "b.svg")
-    assert done.code == 2 and "pip install 'minqwen[plot]'" in done.err
+    assert done.code == 2 and 'pip install "minqwen[plot]"' in done.err
     assert done.err.count("\n") == 1 and not done.out
 
 
