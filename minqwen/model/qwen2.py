@@ -204,6 +204,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, **factory)
 
 
+def aligned(value: Tensor) -> Tensor:
+    """At a multiple of 64 bytes: where a weight lies can decide how one row's product rounds."""
+    return value.clone() if value.device.type == "cpu" and value.data_ptr() % 64 else value
+
+
 class Qwen2(nn.Module):
     """The causal language model.
 
@@ -236,6 +241,7 @@ class Qwen2(nn.Module):
             self.lm_head.shared = True
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._warned = False  # of too long a context
+        self.quantised = ""  # how many quantised weights stay packed, and why the others do not
         # For `changes.Changes`: how often the whole model was prepared, and hooks of our own that
         # change no value.
         self.preparations = 0
@@ -246,7 +252,7 @@ class Qwen2(nn.Module):
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.config.num_parameters():,} parameters, {dtype} on {self.device}, "
-            f"{self.ops.name} arithmetic{rank}"
+            f"{self.ops.name} arithmetic{rank}{self.quantised and ', '}{self.quantised}"
         )
 
     # The model itself never opens a file: these two are the only lines that look up, to heads and
@@ -286,10 +292,7 @@ class Qwen2(nn.Module):
         model = cls(config, arithmetic=arithmetic, dtype=dtype, device="meta", mesh=mesh)
         for name in filter(only, config.parameter_shapes()):
             value = read(name, shard(name, config, mesh.rank, mesh.size))
-            value = value.to(device=device, dtype=dtype)
-            if value.device.type == "cpu" and value.data_ptr() % 64:
-                value = value.clone()  # where a weight lies can decide how one row's product rounds
-            model.set_parameter(name, value)
+            model.set_parameter(name, aligned(value.to(device=device, dtype=dtype)))
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.prepare()
