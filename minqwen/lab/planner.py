@@ -253,7 +253,7 @@ class Planner:
     dtype: of activations, cache and unquantised weights (default the config's). quantization: one
     of QUANTIZATIONS (default what config.json says). max_num_batched_tokens, block_size: the
     engine's. device: "cuda", or "cpu", where in bfloat16 quantised weights are as fast arithmetic
-    keeps them. copies_products: as in `memory.step_phases`.
+    keeps them. copies_products: as in `memory.step_phases`. kv_cache_dtype: "auto" or "int8".
     Raises ConfigError, and ParallelError for a degree that cannot work.
     """
 
@@ -268,6 +268,7 @@ class Planner:
         block_size: int = 16,
         device: str = "cuda",
         copies_products: bool | None = None,
+        kv_cache_dtype: str = "auto",
     ):
         self.config, self.size, self.dtype = config, size, dtype or config.dtype
         if self.dtype not in BYTES_PER_ELEMENT:
@@ -275,6 +276,7 @@ class Planner:
         self.tokens = integer("max_num_batched_tokens", max_num_batched_tokens, 1)
         self.block_size = integer("block_size", block_size, 1)
         self.device, self.copies_products = device, copies_products
+        self.kv_dtype = kv_cache_dtype
         item = BYTES_PER_ELEMENT[self.dtype]
         form = WeightFormat.of(config, item, quantization)
         self.quantization, self.packing = form.name, form.packing
@@ -285,7 +287,7 @@ class Planner:
         # Of the embedding a step looks up a few rows; it reads all only where they are the head's.
         looked_up = 0 if config.tie_word_embeddings else ranks[0]["model.embed_tokens.weight"]
         self.weights_read = self.weights - looked_up
-        self.kv_per_token = block_bytes(config, size, 1, self.dtype)
+        self.kv_per_token = block_bytes(config, size, 1, self.dtype, self.kv_dtype)
         # Ranks that hold copies of a KV head compute its keys and values each for itself.
         kv_heads = size * kv_heads_per_rank(config, size)
         self.computed = config.replace(num_key_value_heads=kv_heads)
@@ -333,6 +335,7 @@ class Planner:
                 block_size=self.block_size,
                 device=self.device,
                 copies_products=self.copies_products,
+                kv_dtype=self.kv_dtype,
             )
             moments += [(held, phase) for phase, held in phases.items()]
         return max(moments)
