@@ -36,7 +36,7 @@ from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, size_cache
 from minqwen.errors import MinqwenError, RequestError, SamplingError
 from minqwen.model import Qwen2
-from minqwen.model.trace import Hook, Names, select
+from minqwen.model.trace import Hook, Names, select, select_hooks
 from minqwen.parallel import Mesh
 from minqwen.sampling.draw import bad_word_ids
 from minqwen.sampling.params import SamplingParams
@@ -381,7 +381,7 @@ class LLM:
     def hooks(self, hooks: Hooks) -> Iterator[None]:
         """Every request that is added within this context has these hooks, as in `generate`."""
         outside = self._hooks
-        self._hooks = [*outside, *self._chosen_hooks(hooks)]
+        self._hooks = [*outside, *select_hooks(hooks, self.config.num_hidden_layers)]
         try:
             yield
         finally:
@@ -429,7 +429,8 @@ class LLM:
         cache_salt = cache_salt if read.salt is None else read.salt
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
-        points, chosen = self._points(trace, params), [*self._hooks, *self._chosen_hooks(hooks)]
+        points = self._points(trace, params)
+        chosen = [*self._hooks, *select_hooks(hooks, self.config.num_hidden_layers)]
         ids, room = self._prompt_ids(read), self._room(params)
         _check_room(len(ids), self.max_model_len, room)
         bad_words, constraints = self._bad_words(params), self._constraints(params)
@@ -499,16 +500,6 @@ class LLM:
         if params.n > 1:
             raise SamplingError("trace is for n = 1: ask for one completion")
         return select(trace, self.config.num_hidden_layers)
-
-    def _chosen_hooks(self, hooks: Hooks) -> list[tuple[set[str], Hook]]:
-        """The points of each hook. Raises MinqwenError for what is no list of pairs."""
-        layers = self.config.num_hidden_layers
-        for hook in hooks if isinstance(hooks, (list, tuple)) else [hooks]:
-            if not isinstance(hook, tuple) or len(hook) != 2 or not callable(hook[1]):
-                raise SamplingError(
-                    f"hooks holds {hook!r}: expected a list of pairs (names of points, function)"
-                )
-        return [(select(names, layers), function) for names, function in hooks]
 
     def _new_id(self, request_id: str | None, arrival: int) -> str:
         if request_id is None:
