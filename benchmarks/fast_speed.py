@@ -111,8 +111,8 @@ class Theirs:
         return statistics.median(step(1) for _ in range(job.steps))
 
 
-def candidates(path: str) -> dict[str, Callable[[], Any]]:
-    """What makes each candidate's model."""
+def candidates(path: str, quantised: list[str]) -> dict[str, Callable[[], Any]]:
+    """What makes each candidate's model. quantised: AWQ or GPTQ checkpoints of the same shape."""
 
     def ours(dtype: str, arithmetic: Any) -> Callable[[], Any]:
         return lambda: Qwen2.from_pretrained(path, dtype=dtype, arithmetic=arithmetic)
@@ -121,6 +121,9 @@ def candidates(path: str) -> dict[str, Callable[[], Any]]:
         return lambda: AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa"
         )
+
+    def packed(path: str) -> Callable[[], Any]:
+        return lambda: Qwen2.from_pretrained(path, dtype="bfloat16", arithmetic="fast")
 
     return {
         BASE: ours("float32", "native"),
@@ -131,13 +134,14 @@ def candidates(path: str) -> dict[str, Callable[[], Any]]:
         "int8": ours("bfloat16", "int8"),
         "transformers float32": theirs("float32"),
         "transformers bfloat16": theirs("bfloat16"),
+        **{f"fast bfloat16, {Path(path).name}": packed(path) for path in quantised},
     }
 
 
 def load(args: argparse.Namespace) -> dict[str, Run]:
     clock = time.process_time if args.clock == "process" else time.perf_counter
     runs: dict[str, Run] = {}
-    for name, make in candidates(args.model).items():
+    for name, make in candidates(args.model, args.quantised).items():
         if args.only and name not in args.only and name != BASE:
             continue
         began = time.process_time()
@@ -183,6 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clock", default="wall", choices=["wall", "process"])
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"candidates beside {BASE}")
+    parser.add_argument("--quantised", nargs="+", default=[], metavar="DIR", help="as they are")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 

@@ -172,7 +172,6 @@ OF_OTHERS = {
     "enforce_eager": _ONE_WAY,
     "trust_remote_code": _ONE_WAY,
     "use_cache": _ONE_WAY,
-    "kv_cache_dtype": "the cache has the model's dtype: leave it out",
     "revision": _NO_DOWNLOAD,
     "cache_dir": _NO_DOWNLOAD,
     "download_dir": _NO_DOWNLOAD,

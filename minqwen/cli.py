@@ -21,11 +21,12 @@ from minqwen.checks import did_you_mean
 from minqwen.commands import as_called_here, forget_tools
 from minqwen.errors import MinqwenError, is_first_rank
 from minqwen.heads.layout import RECIPES
+from minqwen.model.kv_cache import KV_DTYPES
 from minqwen.parallel import Mesh
 
 ENGINE_FLAGS = (
     *("max_model_len", "block_size", "gpu_memory_utilization", "max_num_seqs"),
-    *("max_num_batched_tokens", "enable_prefix_caching"),
+    *("max_num_batched_tokens", "enable_prefix_caching", "kv_cache_dtype"),
     *("trust_remote_code", "enforce_eager", "swap_space"),
 )
 
@@ -175,6 +176,11 @@ def engine_flags(parser: argparse.ArgumentParser) -> None:
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         help="share keys and values of common prefixes (default: yes)",
+    )
+    add(
+        "--kv-cache-dtype",
+        choices=KV_DTYPES,
+        help="int8: keys and values in half of the memory, less exact (default: the model's)",
     )
     for flag in ("--trust-remote-code", "--enforce-eager"):
         add(flag, action="store_true", help="makes no difference here")

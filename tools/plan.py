@@ -46,6 +46,7 @@ from minqwen.lab.planner import (
     yarn_for,
 )
 from minqwen.lab.shapes import SIZES, official_config
+from minqwen.model.kv_cache import KV_DTYPES
 
 DEGREES = (1, 2, 4, 8)  # without --tp
 COMPARED_CARD_GB = 80  # with --gpus and without --gpu-memory
@@ -151,6 +152,7 @@ def load_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-size", type=int, default=16, metavar="N", help="tokens per block (default 16)"
     )
+    parser.add_argument("--kv-cache-dtype", choices=KV_DTYPES, default="auto", help="of the cache")
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -208,6 +210,7 @@ def planner_options(args: argparse.Namespace) -> dict[str, Any]:
         "quantization": args.quantization,
         "block_size": args.block_size,
         "max_num_batched_tokens": args.max_num_batched_tokens,
+        "kv_cache_dtype": args.kv_cache_dtype,
     }
 
 

@@ -11,12 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minqwen.checkpoint.offload import OFFLOADS, LayerStream, is_layer
+from minqwen.checkpoint.quantised import PackedWeights
 from minqwen.checkpoint.reader import Checkpoint
 from minqwen.checkpoint.weight_files import DTYPES
+from minqwen.checkpoint.words import Keeper
 from minqwen.checks import did_you_mean, refuse_unknown_arguments
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.model import ARITHMETICS, Exact, Fast, Native, Qwen2
+from minqwen.model.qwen2 import Layer, aligned
 from minqwen.parallel import SINGLE, Mesh, Shard, check_degree, shard
 
 # Keywords of `load_pretrained`.
@@ -34,6 +37,8 @@ class Weights(Protocol):
     def check(self) -> None: ...
 
     def check_finite(self) -> None: ...
+
+    def words_of(self, name: str) -> PackedWeights | str | None: ...
 
     def read(
         self,
@@ -81,14 +86,20 @@ def load_pretrained(
     with reader.bar:
         if offload is not None:
             return _load_offloaded(reader, where, arithmetic, offload)
-        return Qwen2.from_tensors(
+        quantised = reader.names_in_words()
+        if arithmetic != "fast":
+            quantised = set()  # others compute with weights
+        model = Qwen2.from_tensors(
             config,
             lambda name, mine: reader.read(name, mine, where),
+            only=lambda name: name not in quantised,
             arithmetic=arithmetic,
             dtype=reader.dtype,
             device=where,
             mesh=mesh,
         )
+        _keep_packed(model, reader, quantised)
+        return model
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -172,6 +183,10 @@ class _RankReader:
         self.bar.update()
         return self.checkpoint.read(name, mine, self.dtype, device)
 
+    def names_in_words(self) -> set[str]:
+        """The weights that are quantised."""
+        return {name for name in self.checkpoint.names if self.checkpoint.words_of(name)}
+
     def fetch(self, name: str, out: Tensor | None = None) -> Tensor:
         """A parameter's slice in main memory, in `out` if that is given."""
         mine = shard(name, self.config, self.mesh.rank, self.mesh.size)
@@ -184,6 +199,24 @@ class _RankReader:
             self.bar.update()
             held[name] = self.fetch(name).pin_memory() if pin else self.fetch(name)
         return held
+
+
+def _keep_packed(model: Qwen2, reader: _RankReader, quantised: set[str]) -> None:
+    """Give the linear layers that have no weight yet their words, or what these stand for."""
+    keeper = Keeper(model, reader.checkpoint)
+    for module in model.modules():
+        if not isinstance(module, (Layer, Qwen2)):
+            continue
+        for linears in module.by_input():
+            missing = [linear for linear in linears if keeper.names[linear] in quantised]
+            if not missing or keeper.keep(linears):
+                reader.bar.update(len(missing))
+                continue
+            for name in (keeper.names[linear] for linear in missing):
+                mine = shard(name, model.config, model.mesh.rank, model.mesh.size)
+                model.set_parameter(name, aligned(reader.read(name, mine, model.device)))
+            model.ops.prepare(linears, model.mesh)
+    model.quantised = keeper.report()
 
 
 def _load_offloaded(
@@ -208,6 +241,9 @@ def _load_offloaded(
         device=device,
         mesh=reader.mesh,
     )
+    quantised = reader.names_in_words()
+    if quantised and isinstance(model.ops, Fast):
+        model.quantised = f"0 of {len(quantised)} quantised weights stay packed: they come and go"
     if offload == "disk":
         LayerStream(model, reader.fetch, device)
         return model

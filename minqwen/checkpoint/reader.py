@@ -317,15 +317,15 @@ class Checkpoint(WeightDirectory):
         return [*self.packed.parts, *(name for name in self.tensors if name not in left_out)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        packed = self._words_of(name)
+        packed = self.words_of(name)
         return super().shape(name) if packed is None else packed.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        packed = self._words_of(name)
+        packed = self.words_of(name)
         return super().dtype(name) if packed is None else packed.dtype(name)
 
     def file(self, name: str) -> Path:
-        packed = self._words_of(name)
+        packed = self.words_of(name)
         return super().file(name) if packed is None else packed.file(name)
 
     def read(
@@ -340,7 +340,7 @@ class Checkpoint(WeightDirectory):
 
         It is computed in the dtype of its scales (float16, usually), and converted afterwards.
         """
-        packed = self._words_of(name)
+        packed = self.words_of(name)
         if packed is None:
             return super().read(name, shard, dtype, device, out)
         if shard is not None:
@@ -365,7 +365,7 @@ class Checkpoint(WeightDirectory):
                     "the checkpoint again"
                 )
 
-    def _words_of(self, name: str) -> PackedWeights | None:
+    def words_of(self, name: str) -> PackedWeights | None:
         """Where a weight is to be had, if it is quantised."""
         return self.packed if self.packed is not None and name in self.packed else None
 

@@ -67,8 +67,7 @@ _CONFIG_JSON = "write it into the config.json of a copy of the directory"
 _NO_SPECULATION = "every token is drawn from the model itself; leave it out"
 ONLY = {
     "quantization": Only((None,), UNQUANTISED),
-    "kv_cache_dtype": Only(("auto",), "the cache has the model's dtype; leave it out"),
-    "calculate_kv_scales": Only((False,), "the cache has the model's dtype; leave it out"),
+    "calculate_kv_scales": Only((False,), "every token and head has its own; leave it out"),
     "cpu_offload_gb": Only((0, 0.0), "use offload='memory'"),
     "pipeline_parallel_size": Only((1,), "ranks share each layer: use torchrun"),
     "data_parallel_size": Only((1,), _REPLICAS),

@@ -36,7 +36,7 @@ from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, size_cache
 from minqwen.errors import MinqwenError, RequestError, SamplingError
 from minqwen.model import Qwen2
-from minqwen.model.trace import Hook, Names, select
+from minqwen.model.trace import Hook, Names, select, select_hooks
 from minqwen.parallel import Mesh
 from minqwen.sampling.draw import bad_word_ids
 from minqwen.sampling.params import SamplingParams
@@ -69,9 +69,9 @@ class LLM:
     tensor_parallel_size: how many of torchrun's ranks share a copy of the model (default: all);
     several copies, called replicas, share the prompts of `generate`. options: those of
     `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks, kv_cache_bytes,
-    gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching), and
-    vLLM's, as `engine.arguments` says. seed: of requests that have none of their own; None draws
-    one. `with LLM(...) as llm:` frees the memory at its end.
+    gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching,
+    kv_cache_dtype), and vLLM's, as `engine.arguments` says. seed: of requests that have none of
+    their own; None draws one. `with LLM(...) as llm:` frees the memory at its end.
     Raises MinqwenError for what cannot work, before any weight is read where that can be known.
     """
 
@@ -381,7 +381,7 @@ class LLM:
     def hooks(self, hooks: Hooks) -> Iterator[None]:
         """Every request that is added within this context has these hooks, as in `generate`."""
         outside = self._hooks
-        self._hooks = [*outside, *self._chosen_hooks(hooks)]
+        self._hooks = [*outside, *select_hooks(hooks, self.config.num_hidden_layers)]
         try:
             yield
         finally:
@@ -429,7 +429,8 @@ class LLM:
         cache_salt = cache_salt if read.salt is None else read.salt
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
-        points, chosen = self._points(trace, params), [*self._hooks, *self._chosen_hooks(hooks)]
+        points = self._points(trace, params)
+        chosen = [*self._hooks, *select_hooks(hooks, self.config.num_hidden_layers)]
         ids, room = self._prompt_ids(read), self._room(params)
         _check_room(len(ids), self.max_model_len, room)
         bad_words, constraints = self._bad_words(params), self._constraints(params)
@@ -466,7 +467,7 @@ class LLM:
         o = self.options
         pool = BlockPool(num_blocks, o.block_size, o.enable_prefix_caching)
         scheduler = Scheduler(pool, o.max_num_seqs, o.max_num_batched_tokens)
-        runner = Runner(model, model.new_cache(num_blocks, o.block_size))
+        runner = Runner(model, model.new_cache(num_blocks, o.block_size, o.kv_cache_dtype))
         tokenizer = self.tokenizer
         spell = None if tokenizer is None else lambda token: tokenizer.decode([token])
         return EngineCore(runner, scheduler, self.mesh, spell)
@@ -499,16 +500,6 @@ class LLM:
         if params.n > 1:
             raise SamplingError("trace is for n = 1: ask for one completion")
         return select(trace, self.config.num_hidden_layers)
-
-    def _chosen_hooks(self, hooks: Hooks) -> list[tuple[set[str], Hook]]:
-        """The points of each hook. Raises MinqwenError for what is no list of pairs."""
-        layers = self.config.num_hidden_layers
-        for hook in hooks if isinstance(hooks, (list, tuple)) else [hooks]:
-            if not isinstance(hook, tuple) or len(hook) != 2 or not callable(hook[1]):
-                raise SamplingError(
-                    f"hooks holds {hook!r}: expected a list of pairs (names of points, function)"
-                )
-        return [(select(names, layers), function) for names, function in hooks]
 
     def _new_id(self, request_id: str | None, arrival: int) -> str:
         if request_id is None:

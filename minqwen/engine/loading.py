@@ -16,6 +16,7 @@ from minqwen.engine.sizing import EngineOptions, check_cache_asked_for
 from minqwen.errors import ConfigError, ParallelError
 from minqwen.heads.view import HEAD_OPTIONS, open_weights
 from minqwen.model import Qwen2
+from minqwen.model.qwen2 import check_kv_dtype, make_arithmetic
 from minqwen.parallel import Mesh, check_degree, valid_degrees
 from minqwen.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ def load_parts(
     weights = open_weights(path, num_attention_heads, num_key_value_heads, head_recipe)
     config = weights.config
     engine.check(config)
+    check_kv_dtype(engine.kv_cache_dtype, make_arithmetic(arithmetic))
     if mesh is None:
         mesh = Mesh.from_env(device, tensor_parallel_size=tensor_parallel_size)
     check_ranks(tensor_parallel_size, mesh)

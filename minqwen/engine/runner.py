@@ -12,6 +12,7 @@ from torch import Tensor
 from minqwen.engine.scheduler import Scheduled
 from minqwen.engine.tracing import StepTrace
 from minqwen.model import Batch, KVCache, Qwen2
+from minqwen.model.kv_cache import Int8KVCache
 from minqwen.model.trace import UNTRACED, TracingTap
 
 
@@ -44,8 +45,9 @@ class Runner:
     def renew_cache(self) -> None:
         """A model that has another dtype now, or is on another device, needs another cache."""
         cache, model = self.cache, self.model
-        if (cache.pool.dtype, cache.pool.device) != (model.dtype, model.device):
-            self.cache = model.new_cache(cache.num_blocks, cache.block_size)
+        if (cache.dtype, cache.pool.device) != (model.dtype, model.device):
+            kv_dtype = "int8" if isinstance(cache, Int8KVCache) else "auto"
+            self.cache = model.new_cache(cache.num_blocks, cache.block_size, kv_dtype)
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled]) -> StepLogits:

@@ -22,7 +22,9 @@ from minqwen.config import ModelConfig
 from minqwen.engine.arguments import OF_VLLM, without_vllm
 from minqwen.errors import ConfigError
 from minqwen.model import Qwen2
+from minqwen.model.kv_cache import KV_DTYPES
 from minqwen.model.memory import block_bytes, blocks_that_fit
+from minqwen.model.qwen2 import check_kv_dtype
 
 MAX_BLOCK_SIZE = 256
 CPU_SHARE = 5  # on a CPU the cache takes a fifth of the memory that is free
@@ -36,7 +38,8 @@ class EngineOptions:
     cache holds. block_size: tokens of a block of the cache. num_blocks, or kv_cache_bytes per rank,
     or gpu_memory_utilization of the device (weights and the fullest step included) give the cache's
     size. max_num_seqs and max_num_batched_tokens bound a step. enable_prefix_caching: keys and
-    values that earlier requests computed are used again.
+    values that earlier requests computed are used again. kv_cache_dtype: "auto" is the model's,
+    "int8" takes half of 16 bits and is less exact.
     """
 
     max_model_len: int | None = None
@@ -47,6 +50,7 @@ class EngineOptions:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         optional_integer("max_model_len", self.max_model_len, 2)
@@ -57,6 +61,11 @@ class EngineOptions:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             integer(name, getattr(self, name), 1)
         boolean("enable_prefix_caching", self.enable_prefix_caching)
+        if self.kv_cache_dtype not in KV_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype is {self.kv_cache_dtype!r}, expected "
+                f"{' or '.join(map(repr, KV_DTYPES))}: 'auto' is the model's dtype"
+            )
         if self.block_size > MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size is {self.block_size}, expected 1 to {MAX_BLOCK_SIZE}")
         if self.max_num_seqs > self.max_num_batched_tokens:
@@ -98,6 +107,7 @@ def size_cache(model: Qwen2, options: EngineOptions, room: int | None = None) ->
     ConfigError where the cache has no room for the context that was asked for.
     """
     options.check(model.config)
+    check_kv_dtype(options.kv_cache_dtype, model.ops)
     bytes_of_block = _block_bytes(model.config, options, model.dtype, model.mesh.size)
     num_blocks = _blocks_asked_for(options, bytes_of_block)
     if num_blocks is None:
@@ -168,12 +178,14 @@ def _blocks_of_rank(
         dtype=dtype_name("dtype", model.ops.wide_dtype(model.dtype)),
         size=model.mesh.size,
         device=model.device.type,
+        kv_dtype=options.kv_cache_dtype,
     )
     return min(fit, options.max_num_seqs * options.blocks_for(context))  # more could not be used
 
 
 def _block_bytes(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, size: int) -> int:
-    return block_bytes(config, size, options.block_size, dtype_name("dtype", dtype))
+    name = dtype_name("dtype", dtype)
+    return block_bytes(config, size, options.block_size, name, options.kv_cache_dtype)
 
 
 def fewest_of_all_ranks(model: Qwen2, count: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from minqwen.checkpoint import Checkpoint
 from minqwen.checkpoint import load_pretrained as load_checkpoint
 from minqwen.checkpoint.load import OPTIONS, Weights
+from minqwen.checkpoint.quantised import PackedWeights
 from minqwen.checks import refuse_unknown_arguments
 from minqwen.config import ModelConfig
 from minqwen.heads.adapter import refuse_adapter
@@ -93,6 +94,13 @@ class ExtendedCheckpoint:
     @property
     def names(self) -> list[str]:
         return list(self.config.parameter_shapes())
+
+    def words_of(self, name: str) -> PackedWeights | str | None:
+        """The source's words of a weight that has no heads; why there are none of one that has."""
+        words = self.source.words_of(name)
+        if words is None or blocks_of(name, self.layout) is None:
+            return words
+        return "they have other heads here than in their files"
 
     def check(self) -> None:
         self.source.check()

@@ -13,6 +13,7 @@ from minqwen.checkpoint.quantization import Packing
 from minqwen.checks import integer
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.errors import ConfigError
+from minqwen.model.grouped import OUTPUTS, Groups, held_bytes
 from minqwen.model.memory import block_bytes, largest, step_phases, worst_steps
 from minqwen.parallel import check_degree, kv_heads_per_rank, shard
 
@@ -132,28 +133,32 @@ class WeightFormat:
     """How the weights of the seven projections of a layer are stored; all others are not quantised.
 
     name: for people. item: bytes of a number that is not quantised, and of an int8 scale. packing:
-    of AWQ and GPTQ, else None.
+    of AWQ and GPTQ, else None. grouped: whether they are in the form in which fast arithmetic keeps
+    them (model/grouped.py), and not in the files'.
     """
 
     name: str
     item: int
     packing: Packing | None = None
+    grouped: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, item: int, quantization: str | None) -> WeightFormat:
+    def of(
+        cls, config: ModelConfig, item: int, quantization: str | None, grouped: bool = False
+    ) -> WeightFormat:
         """That of a member of QUANTIZATIONS; None: what config.json says.
 
         Raises ConfigError for another name, CheckpointError for a config that is not understood.
         """
         if quantization is None and config.quantization_config:
             packing = Packing.read(config.quantization_config, config.source)
-            return cls(f"{packing.method} {packing.bits}-bit", item, packing)
+            return cls(f"{packing.method} {packing.bits}-bit", item, packing, grouped)
         name = quantization or "none"
         if name not in QUANTIZATIONS:
             raise ConfigError(
                 f"quantization is {quantization!r}, expected one of {', '.join(QUANTIZATIONS)}"
             )
-        return cls(name, item, PACKINGS.get(name))
+        return cls(name, item, PACKINGS.get(name), grouped)
 
     def vector_bytes(self, length: int) -> int:
         return self.item * length
@@ -164,7 +169,13 @@ class WeightFormat:
             return self.item * outputs * len(inputs)
         if self.packing is None:
             return outputs * len(inputs) + self.item * outputs
-        return packed_bytes(self.packing, outputs, inputs, all_inputs)
+        if not self.grouped:
+            return packed_bytes(self.packing, outputs, inputs, all_inputs)
+        groups = Groups.of(self.packing.groups_of(all_inputs)[inputs.start : inputs.stop])
+        shuffled = self.packing.act_order and len(inputs) < all_inputs
+        if groups is None or shuffled or outputs % OUTPUTS:
+            return self.item * outputs * len(inputs)  # it is dequantised
+        return held_bytes(outputs, len(inputs), self.packing.bits, groups.size)
 
 
 def uneven_groups(config: ModelConfig, packing: Packing, size: int) -> int | None:
@@ -208,15 +219,20 @@ def tensor_bytes(name: str, config: ModelConfig, rank: int, size: int, form: Wei
 
 
 def rank_weights(
-    config: ModelConfig, size: int, dtype: str, quantization: str | None = None
+    config: ModelConfig,
+    size: int,
+    dtype: str,
+    quantization: str | None = None,
+    grouped: bool = False,
 ) -> list[dict[str, int]]:
     """For each rank, the bytes of each of its parameters.
 
-    dtype: the name of the dtype of what is not quantised. quantization: as in `WeightFormat.of`.
+    dtype: the name of the dtype of what is not quantised. quantization, grouped: as in
+    `WeightFormat`.
     Raises ParallelError for a degree that cannot work.
     """
     check_degree(config, size)
-    form = WeightFormat.of(config, BYTES_PER_ELEMENT[dtype], quantization)
+    form = WeightFormat.of(config, BYTES_PER_ELEMENT[dtype], quantization, grouped)
     return [_rank_weights(config, rank, size, form) for rank in range(size)]
 
 
@@ -236,7 +252,8 @@ class Planner:
 
     dtype: of activations, cache and unquantised weights (default the config's). quantization: one
     of QUANTIZATIONS (default what config.json says). max_num_batched_tokens, block_size: the
-    engine's. device: "cuda" or "cpu". copies_products: as in `memory.step_phases`.
+    engine's. device: "cuda", or "cpu", where in bfloat16 quantised weights are as fast arithmetic
+    keeps them. copies_products: as in `memory.step_phases`. kv_cache_dtype: "auto" or "int8".
     Raises ConfigError, and ParallelError for a degree that cannot work.
     """
 
@@ -251,6 +268,7 @@ class Planner:
         block_size: int = 16,
         device: str = "cuda",
         copies_products: bool | None = None,
+        kv_cache_dtype: str = "auto",
     ):
         self.config, self.size, self.dtype = config, size, dtype or config.dtype
         if self.dtype not in BYTES_PER_ELEMENT:
@@ -258,16 +276,18 @@ class Planner:
         self.tokens = integer("max_num_batched_tokens", max_num_batched_tokens, 1)
         self.block_size = integer("block_size", block_size, 1)
         self.device, self.copies_products = device, copies_products
+        self.kv_dtype = kv_cache_dtype
         item = BYTES_PER_ELEMENT[self.dtype]
         form = WeightFormat.of(config, item, quantization)
         self.quantization, self.packing = form.name, form.packing
-        ranks = rank_weights(config, size, self.dtype, quantization)
+        grouped = device == "cpu" and self.dtype == "bfloat16"
+        ranks = rank_weights(config, size, self.dtype, quantization, grouped)
         held_by = [sum(held.values()) for held in ranks]
         self.weights, self.weights_of_all_ranks = max(held_by), sum(held_by)
         # Of the embedding a step looks up a few rows; it reads all only where they are the head's.
         looked_up = 0 if config.tie_word_embeddings else ranks[0]["model.embed_tokens.weight"]
         self.weights_read = self.weights - looked_up
-        self.kv_per_token = block_bytes(config, size, 1, self.dtype)
+        self.kv_per_token = block_bytes(config, size, 1, self.dtype, self.kv_dtype)
         # Ranks that hold copies of a KV head compute its keys and values each for itself.
         kv_heads = size * kv_heads_per_rank(config, size)
         self.computed = config.replace(num_key_value_heads=kv_heads)
@@ -315,6 +335,7 @@ class Planner:
                 block_size=self.block_size,
                 device=self.device,
                 copies_products=self.copies_products,
+                kv_dtype=self.kv_dtype,
             )
             moments += [(held, phase) for phase, held in phases.items()]
         return max(moments)

@@ -1,7 +1,8 @@
 """What is computed, nothing else: no scheduling, no flags, and no file but through checkpoint.
 
 Read qwen2.py, the forward pass. rope.py, attention.py and arithmetic.py are the parts it is made
-of; fast.py, whose weights are in packed.py's forms, and exact.py are the other arithmetics.
+of; fast.py, whose weights are in the forms of packed.py and
+grouped.py, and exact.py are the other arithmetics.
 batch.py says which tokens a step has, kv_cache.py keeps keys and values, trace.py names the
 intermediates, activations.py keeps them, memory.py counts bytes, changes.py notices that the model
 was changed, inputs.py refuses what cannot be computed.

@@ -19,6 +19,7 @@ import torch
 from minqwen.config import BYTES_PER_ELEMENT, ModelConfig
 from minqwen.model.attention import tile_rows
 from minqwen.model.batch import spans
+from minqwen.model.kv_cache import SCALE_BYTES
 from minqwen.model.rope import table_length
 from minqwen.parallel import kv_heads_per_rank, vocab_rows_per_rank
 
@@ -26,14 +27,19 @@ Lengths = tuple[int, ...]  # tokens of each sequence
 ID_BYTES = 8  # token ids, and all numbers in a Batch, are int64
 
 
-def block_bytes(config: ModelConfig, size: int, block_size: int, dtype: str) -> int:
+def block_bytes(
+    config: ModelConfig, size: int, block_size: int, dtype: str, kv_dtype: str = "auto"
+) -> int:
     """Bytes of one block of the KV cache on one of `size` ranks.
 
-    They are the keys and values of `block_size` tokens in all layers. dtype: a name.
+    They are the keys and values of `block_size` tokens in all layers. dtype: the model's, a name.
+    kv_dtype: as in `Qwen2.new_cache`.
     """
     layers, kv_heads = config.num_hidden_layers, kv_heads_per_rank(config, size)
-    numbers_per_token = 2 * layers * kv_heads * config.head_dim
-    return block_size * numbers_per_token * BYTES_PER_ELEMENT[dtype]
+    of_head = config.head_dim * BYTES_PER_ELEMENT[dtype]
+    if kv_dtype == "int8":
+        of_head = config.head_dim + SCALE_BYTES
+    return block_size * 2 * layers * kv_heads * of_head
 
 
 def cpu_copies_products(dtype: str) -> bool:
@@ -65,6 +71,7 @@ class _Step:
     block_size: int
     N: int  # tokens whose logits are wanted
     device: torch.device
+    int8_cache: bool
     product_copy: int  # bytes of each number of a product that is held a second time; 0: none
 
     # ---- sizes
@@ -141,6 +148,17 @@ class _Step:
         numbers = count * blocks * self.block_size * self.K * self.config.head_dim
         return 2 * numbers * self.item
 
+    def unpacking(self) -> int:
+        """What an int8 cache holds while it fills that buffer: rows of numbers and of scales."""
+        if not self.int8_cache:
+            return 0
+        numbers = self.gathered() // self.item
+        return numbers + numbers // self.config.head_dim * SCALE_BYTES
+
+    def rounding(self) -> int:
+        """What it holds while it writes keys or values: three float32 copies, and the numbers."""
+        return self.T * self.K * self.config.head_dim * 13 if self.int8_cache else 0
+
     def always(self) -> int:
         return self.rotary_tables() + self.batch() + self.gathered()
 
@@ -156,7 +174,8 @@ class _Step:
 
     def attention(self) -> int:
         """x and its norm; q, k and v; and the most that the spans hold, one after another."""
-        return 2 * self.x + self.q + 2 * self.k + self._most_of_spans()
+        most = max(self._most_of_spans(), self.unpacking(), self.rounding())
+        return 2 * self.x + self.q + 2 * self.k + most
 
     def _most_of_spans(self) -> int:
         most = z = 0  # z: of the spans that are finished
@@ -264,13 +283,15 @@ def step_phases(
     logit_rows: int | None = None,
     device: str = "cuda",
     copies_products: bool | None = None,
+    kv_dtype: str = "auto",
 ) -> dict[str, int]:
     """The most bytes held in each phase of one step, on one of `size` ranks: {phase: bytes}.
 
     query_lens, context_lens: of the step's sequences, as in `Batch`, in the engine's order (those
     with one new token first). dtype: the name of the dtype of activations and logits. logit_rows:
     how many tokens' logits are wanted (default one of each sequence). copies_products: what
-    `cpu_copies_products` says of the CPU that computes (default: this machine's).
+    `cpu_copies_products` says of the CPU that computes (default: this machine's). kv_dtype: as in
+    `Qwen2.new_cache`.
     The weights and the KV cache are not included; the rotary table is. For native arithmetic.
     """
     if copies_products is None:
@@ -285,6 +306,7 @@ def step_phases(
         block_size=block_size,
         N=len(query_lens) if logit_rows is None else logit_rows,
         device=torch.device(device),
+        int8_cache=kv_dtype == "int8",
         product_copy=4 if copies_products and device == "cpu" and item < 4 else 0,
     ).phases()
 
@@ -298,6 +320,7 @@ def step_bytes(
     size: int = 1,
     block_size: int = 16,
     device: str = "cuda",
+    kv_dtype: str = "auto",
 ) -> int:
     """The most bytes that one step holds at any time: the largest of `step_phases`."""
     phases = step_phases(
@@ -308,6 +331,7 @@ def step_bytes(
         size=size,
         block_size=block_size,
         device=device,
+        kv_dtype=kv_dtype,
     )
     return max(phases.values())
 
@@ -354,6 +378,7 @@ def blocks_that_fit(
     size: int = 1,
     block_size: int = 16,
     device: str = "cuda",
+    kv_dtype: str = "auto",
 ) -> int:
     """The most blocks that, with the fullest step, take at most `room` bytes; 0: not even one.
 
@@ -374,7 +399,15 @@ def blocks_that_fit(
             ),
         ]
         most = max(
-            step_bytes(config, *step, dtype=dtype, size=size, block_size=block_size, device=device)
+            step_bytes(
+                config,
+                *step,
+                dtype=dtype,
+                size=size,
+                block_size=block_size,
+                device=device,
+                kv_dtype=kv_dtype,
+            )
             for step in steps
         )
         return blocks * bytes_per_block + most

@@ -29,7 +29,7 @@ from minqwen.model.batch import Batch
 from minqwen.model.exact import Exact
 from minqwen.model.fast import Fast, Int8
 from minqwen.model.inputs import check_batch, check_ids, check_mask, context_warning
-from minqwen.model.kv_cache import KVCache
+from minqwen.model.kv_cache import Int8KVCache, KVCache
 from minqwen.model.rope import table_length
 from minqwen.model.trace import UNTRACED, Tap, run_with_hooks
 from minqwen.parallel import SINGLE, Mesh, Shard, kv_heads_per_rank, shard, vocab_rows_per_rank
@@ -205,6 +205,20 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, **factory)
 
 
+def check_kv_dtype(kv_dtype: str, ops: Native) -> None:
+    """Raise ConfigError where the arithmetic cannot read such a cache."""
+    if kv_dtype == "int8" and ops.order_free:
+        raise ConfigError(
+            f"kv_cache_dtype is 'int8', but {ops.name} arithmetic takes keys and values as they "
+            "are: leave it out, or use fast or native"
+        )
+
+
+def aligned(value: Tensor) -> Tensor:
+    """At a multiple of 64 bytes: where a weight lies can decide how one row's product rounds."""
+    return value.clone() if value.device.type == "cpu" and value.data_ptr() % 64 else value
+
+
 class Qwen2(nn.Module):
     """The causal language model.
 
@@ -237,6 +251,7 @@ class Qwen2(nn.Module):
             self.lm_head.shared = True
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._warned = False  # of too long a context
+        self.quantised = ""  # how many quantised weights stay packed, and why the others do not
         # For `changes.Changes`: how often the whole model was prepared, and hooks of our own that
         # change no value.
         self.preparations = 0
@@ -247,7 +262,7 @@ class Qwen2(nn.Module):
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.config.num_parameters():,} parameters, {dtype} on {self.device}, "
-            f"{self.ops.name} arithmetic{rank}"
+            f"{self.ops.name} arithmetic{rank}{self.quantised and ', '}{self.quantised}"
         )
 
     # The model itself never opens a file: these two are the only lines that look up, to heads and
@@ -287,10 +302,7 @@ class Qwen2(nn.Module):
         model = cls(config, arithmetic=arithmetic, dtype=dtype, device="meta", mesh=mesh)
         for name in filter(only, config.parameter_shapes()):
             value = read(name, shard(name, config, mesh.rank, mesh.size))
-            value = value.to(device=device, dtype=dtype)
-            if value.device.type == "cpu" and value.data_ptr() % 64:
-                value = value.clone()  # where a weight lies can decide how one row's product rounds
-            model.set_parameter(name, value)
+            model.set_parameter(name, aligned(value.to(device=device, dtype=dtype)))
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model.prepare()
@@ -348,11 +360,17 @@ class Qwen2(nn.Module):
         """Whether the arithmetic has gradients."""
         return self.ops.differentiable
 
-    def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
-        """Room for `num_blocks * block_size` tokens of this rank's keys and values."""
+    def new_cache(self, num_blocks: int, block_size: int, kv_dtype: str = "auto") -> KVCache:
+        """Room for `num_blocks * block_size` tokens of this rank's keys and values.
+
+        kv_dtype: one of kv_cache.KV_DTYPES; "auto" is the model's dtype. Raises ConfigError for
+        int8 under exact arithmetic.
+        """
+        check_kv_dtype(kv_dtype, self.ops)
+        kind = Int8KVCache if kv_dtype == "int8" else KVCache
         c, kv_heads = self.config, kv_heads_per_rank(self.config, self.mesh.size)
         layers, d = c.num_hidden_layers, c.head_dim
-        return KVCache(layers, num_blocks, block_size, kv_heads, d, self.dtype, self.device)
+        return kind(layers, num_blocks, block_size, kv_heads, d, self.dtype, self.device)
 
     def rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, d] of the batch's positions, from a table that grows when it must."""

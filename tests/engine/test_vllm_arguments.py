@@ -15,7 +15,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=4)
 # A value that vLLM allows and that would change the result, or that nothing here could do.
 REFUSED = {
     "quantization": ["awq", "gptq", "fp8", True],
-    "kv_cache_dtype": ["fp8", "fp8_e5m2"],
     "calculate_kv_scales": [True],
     "cpu_offload_gb": [4, 0.5],
     "pipeline_parallel_size": [2],
