@@ -149,7 +149,13 @@ def least_seconds(
     if job.kind == "mixed":
         return None
     dtype = contestant.form if contestant.form in DTYPES else "float16"
-    planner = Planner(config, contestant.degree, dtype=dtype, device="cpu")
+    planner = Planner(
+        config,
+        contestant.degree,
+        dtype=dtype,
+        quantization="none",  # a packed checkpoint is dequantised at load
+        device="cpu",
+    )
     batch = -(-job.batch // contestant.replicas)
     estimate = planner.estimate(job.prompt, min(batch, planner.tokens))
     bits = 64 if contestant.arithmetic == "exact" else contestant.weight_bits
