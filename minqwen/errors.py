@@ -81,3 +81,8 @@ def warn(text: str, stacklevel: int) -> None:
     """A warning from rank 0 alone. stacklevel: as in `warnings.warn`, counted from the caller."""
     if is_first_rank():
         warnings.warn(as_called_here(text), stacklevel=stacklevel + 1)
+
+
+def in_one_line(error: Exception) -> str:
+    """The kind of an error that is not the user's, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

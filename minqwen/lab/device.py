@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minqwen.errors import in_one_line
 from minqwen.lab.device_checks import Check, Size, Tensors, checks
 from minqwen.lab.device_numbers import Numbers
 from minqwen.lab.golden import BITS, digest
@@ -44,6 +45,7 @@ class Outcome:
     against: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     note: str = ""  # what else there is to say, for example why nothing was compared
+    figures: dict[str, float] = field(default_factory=dict)  # of a note, for a program
 
     @property
     def holds(self) -> bool:
@@ -136,7 +138,7 @@ def _compare(
 
 
 def _raises(error: Exception) -> str:
-    return f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"raises {in_one_line(error)}"
 
 
 # ---- all checks ---------------------------------------------------------------------------------

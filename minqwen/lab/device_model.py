@@ -6,6 +6,8 @@ transformers. Each function yields its outcomes one after the other.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,8 @@ from minqwen.model import Batch, Qwen2
 
 RANKS = 2  # processes of `on_ranks`
 BLOCK_SIZE = 16
+DIGESTS = "minqwen.lab.rank_digests"  # what each of them runs
+PACKAGE = str(Path(__file__).resolve().parents[2])  # the directory that `minqwen` is in
 
 
 def fingerprints(path: str | Path, device: str, frozen: Mapping[str, str]) -> Iterator[Outcome]:
@@ -126,16 +130,42 @@ def beside_transformers(path: str | Path, device: str) -> Iterator[Outcome]:
         yield outcome
 
 
-def on_ranks(path: str | Path, golden: Path) -> Iterator[Outcome]:
-    """The float32 fingerprint of RANKS processes on the CPU. golden: tools/golden.py."""
-    began = time.perf_counter()
+def on_ranks(
+    path: str | Path, device: str = "cpu", module: str = DIGESTS, seconds: float = 600.0
+) -> Iterator[Outcome]:
+    """The exact float32 fingerprint of RANKS processes, and native's as the control.
+
+    module: what each of the processes runs. seconds: after which they are ended.
+    """
+    began, name = time.perf_counter(), f"exact float32 on {RANKS} ranks"
+    if device == "cuda" and torch.cuda.device_count() < RANKS:
+        yield Outcome("model", name, note=f"skipped: there are fewer than {RANKS} GPUs")
+        return
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    what = [str(golden), "fingerprint", str(path), "--dtype", "float32", "--device", "cpu"]
-    done = subprocess.run([*start, str(RANKS), *what], capture_output=True, text=True)
-    outcome = Outcome("model", f"exact float32 on {RANKS} ranks")
-    last = (done.stdout.split() or [""])[-1]
-    note_digest(outcome, f"{RANKS} ranks", last, fingerprint(path, "float32", device="cpu"))
-    if done.returncode:
-        outcome.note = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    outcome.seconds = time.perf_counter() - began
-    yield outcome
+    command = [*start, str(RANKS), "-m", module, str(path), device]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([PACKAGE, *sys.path])}
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # so that all of them can be ended
+    ) as child:
+        try:
+            out, errors = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            late = f"{RANKS} ranks: no end in {seconds:.0f} s"
+            yield Outcome("model", name, against=[f"{RANKS} ranks"], differences=[late])
+            return
+    lines = (line.split() for line in out.splitlines())
+    digests = {words[0]: words[1] for words in lines if len(words) == 2}
+    for arithmetic in ("exact", "native"):
+        outcome = Outcome("model", f"{arithmetic} float32 on {RANKS} ranks")
+        here = fingerprint(path, "float32", arithmetic, device=device)
+        note_digest(outcome, f"{RANKS} ranks", digests.get(arithmetic, ""), here)
+        if child.returncode:
+            outcome.note = (errors.strip().splitlines() or ["no output"])[-1]
+        outcome.seconds = time.perf_counter() - began
+        yield outcome if arithmetic == "exact" else control(outcome)

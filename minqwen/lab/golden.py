@@ -62,10 +62,13 @@ def file_digest(path: Path) -> str:
 
 
 @torch.inference_mode()
-def fingerprint(model_dir: str | Path, dtype: str | torch.dtype, **options: Any) -> str:
+def fingerprint(
+    model_dir: str | Path, dtype: str | torch.dtype, arithmetic: str = "exact", **options: Any
+) -> str:
     """SHA-256 of the exact logits, in `dtype`, of every position of the fixed prompts.
 
-    options: as `Qwen2.from_pretrained` takes them; device and mesh do not change the result.
+    options: as `Qwen2.from_pretrained` takes them; device and mesh do not change the result. With
+    another arithmetic they may: it is the control.
     """
-    model = Qwen2.from_pretrained(model_dir, dtype=dtype, arithmetic="exact", **options)
+    model = Qwen2.from_pretrained(model_dir, dtype=dtype, arithmetic=arithmetic, **options)
     return digest([model(ids.to(model.device)) for ids in prompts(model.config.vocab_size)])

@@ -1,4 +1,4 @@
-"""What may decide the last bits of native arithmetic on this machine."""
+"""This machine: what may decide the last bits of native arithmetic, and this process's memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from minqwen.errors import MinqwenError
 
 
 def cpu_name() -> str:
@@ -44,3 +46,16 @@ def this_machine() -> dict[str, str]:
 def same_bits_expected(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
     """Whether native arithmetic must give the same bits on these two machines."""
     return all(a.get(key) == b.get(key) for key in ("torch", "cpu", "threads"))
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS: main memory that this process has now. VmHWM: the most since the mark was reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise MinqwenError(f"/proc/self/status: has no {field}, expected Linux's; measure on Linux")
+
+
+def forget_high_water_mark() -> None:
+    """VmHWM begins again at what this process has now."""
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM becomes VmRSS

@@ -29,6 +29,7 @@ import torch
 from minqwen.config import ModelConfig, RopeScaling
 from minqwen.engine.llm import LLM
 from minqwen.errors import MinqwenError
+from minqwen.lab.machine import forget_high_water_mark, resident_bytes
 from minqwen.lab.planner import Estimate, Planner
 from minqwen.model import Qwen2
 from minqwen.sampling.params import SamplingParams
@@ -174,13 +175,13 @@ def measure_here(job: Job) -> Measurement:
     ids = range(job.config["vocab_size"])
     prompts = [draw.choices(ids, k=job.length) for _ in range(job.prompts)]
     _warm_up(job.dtype)
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     model = _random_model(job)
     began = time.perf_counter()
-    _forget_high_water_mark()
+    forget_high_water_mark()
     _generate(model, prompts, job.new_tokens, job.tokens)
     return Measurement(
-        measured=_resident_bytes("VmHWM") - before,
+        measured=resident_bytes("VmHWM") - before,
         predicted=estimate.total,
         weights=estimate.weights,
         kv_cache=estimate.kv_cache,
@@ -217,18 +218,6 @@ def _generate(model: Qwen2, prompts: list[list[int]], new_tokens: int, step_toke
     )
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     llm.generate(prompts, params, use_tqdm=False)
-
-
-def _resident_bytes(field: str) -> int:
-    """VmRSS: main memory that this process has now. VmHWM: the most since the mark was reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise MinqwenError(f"/proc/self/status: has no {field}, expected Linux's; measure on Linux")
-
-
-def _forget_high_water_mark() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM becomes VmRSS
 
 
 def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from minqwen.checkpoint.load import resolve_dtype
 from minqwen.config import ModelConfig
+from minqwen.model import Native, Qwen2
+from minqwen.parallel import SINGLE, Mesh, Shard
 
 # Qwen/Qwen2.5-*-Instruct: hidden size, intermediate size, layers, query heads, key/value heads,
 # vocabulary rows, whether the head is tied to the embedding.
@@ -98,3 +100,36 @@ def _repeat(numbers: Tensor, start: int, out: Tensor) -> None:
         count = min(len(numbers) - start, len(out) - done)
         out[done : done + count] = numbers[start : start + count]
         done, start = done + count, 0
+
+
+def random_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    arithmetic: str | Native = "native",
+    mesh: Mesh = SINGLE,
+) -> Qwen2:
+    """A model of random weights that are made on the device, so that a large one is there soon.
+
+    The numbers are as in `random_tensors`, but other ones, which depend on the device. Every rank
+    draws whole tensors, one at a time, and keeps its slice.
+    """
+    shapes = config.parameter_shapes()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def read(name: str, shard: Shard | None) -> Tensor:
+        tensor = torch.empty(shapes[name], dtype=dtype, device=device)
+        if name.endswith("norm.weight"):
+            tensor.fill_(1)
+        elif name.endswith("o_proj.bias"):
+            tensor.zero_()
+        else:
+            tensor.normal_(0, STD, generator=generator)
+        if shard is None:
+            return tensor
+        return tensor.narrow(shard.dim, shard.start, shard.stop - shard.start).clone()
+
+    return Qwen2.from_tensors(
+        config, read, dtype=dtype, device=device, arithmetic=arithmetic, mesh=mesh
+    )

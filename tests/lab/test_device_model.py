@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from support.checkpoints import write
-from support.paths import ROOT
 
 from minqwen.lab.device_model import fingerprints, in_any_company, on_ranks
 from minqwen.lab.golden import fingerprint
@@ -36,13 +35,15 @@ def test_exact_logits_are_the_same_in_any_company_and_native_is_the_control(mode
 
 
 def test_two_ranks_give_the_fingerprint_of_one(model_dir):
-    (outcome,) = on_ranks(model_dir, ROOT / "tools" / "golden.py")
-    assert outcome.holds and outcome.against == ["2 ranks"], outcome
+    exact, native = on_ranks(model_dir)
+    assert exact.holds and exact.against == ["2 ranks"], exact
+    assert native.name == "control: native float32 on 2 ranks" and not native.against
+    assert native.note.startswith("2 ranks: ")
 
 
-def test_ranks_that_cannot_run_are_a_difference(model_dir, tmp_path):
-    (outcome,) = on_ranks(model_dir, tmp_path / "nothing.py")
-    assert outcome.differences[0].startswith("2 ranks: none, not ") and outcome.note
+def test_ranks_that_cannot_run_are_a_difference(model_dir):
+    exact, _ = on_ranks(model_dir, module="minqwen.nothing")
+    assert exact.differences[0].startswith("2 ranks: none, not ") and exact.note
 
 
 def test_the_control_says_so_where_nothing_differs(model_dir, monkeypatch):

@@ -14,9 +14,13 @@ from minqwen.model import Exact
 from minqwen.model.emulation import EMULATE
 from minqwen.model.rope import rotate_half
 
+UNBOUNDED = 1e6  # seconds: no test depends on the clock
+
 
 def test_a_right_machine_gets_exit_code_0(tmp_path):
-    done = run_tool_here("doctor.py", "--quick", "--json", tmp_path / "report.json")
+    done = run_tool_here(
+        "doctor.py", "--quick", "--seconds", UNBOUNDED, "--json", tmp_path / "report.json"
+    )
     assert done.code == 0, done.out
     assert "DIFF" not in done.out
     assert "checks hold: exact arithmetic gives its one answer here" in done.out.splitlines()[-1]
@@ -35,7 +39,15 @@ def contracted(self, x, cos, sin):
 
 def test_a_machine_with_a_fault_gets_exit_code_1_and_the_first_difference(tmp_path):
     write(tmp_path / "model")
-    options = ["--quick", "--model", tmp_path / "model", "--json", tmp_path / "report.json"]
+    options = [
+        "--quick",
+        "--seconds",
+        UNBOUNDED,
+        "--model",
+        tmp_path / "model",
+        "--json",
+        tmp_path / "report.json",
+    ]
     with mock.patch.object(Exact, "rotate", contracted):
         done = run_tool_here("doctor.py", *options)
     assert done.code == 1
@@ -52,11 +64,21 @@ def test_a_machine_with_a_fault_gets_exit_code_1_and_the_first_difference(tmp_pa
 def test_a_section_that_raises_is_told_and_the_others_run(tmp_path):
     write(tmp_path / "model")
     with mock.patch.object(Exact, "silu_mul", None):
-        done = run_tool_here("doctor.py", "--quick", "--model", tmp_path / "model")
+        done = run_tool_here(
+            *("doctor.py", "--quick", "--seconds", UNBOUNDED, "--model", tmp_path / "model")
+        )
     assert done.code == 1
     assert "the CPU: raises TypeError" in done.out
     assert "DIFF section: the rest of it" in done.out
     assert "ok   model: native float32 beside transformers" in done.out
+
+
+def test_without_time_nothing_is_checked_and_the_exit_code_says_so(tmp_path):
+    done = run_tool_here("doctor.py", "--seconds", 0, "--json", tmp_path / "report.json")
+    assert done.code == 1 and "DIFF" not in done.out
+    assert "skipped: the 0 s of --seconds are over" in done.out
+    assert done.out.splitlines()[-1].startswith("not all checks ran in time: this CPU, ")
+    assert not json.loads((tmp_path / "report.json").read_text())["holds"]
 
 
 @pytest.mark.parametrize(
