@@ -67,7 +67,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not there when t
         return self.llm.name
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: object
+        self, string: str, add_special_tokens: bool | None = None, **unused: object
     ) -> list[int]:
         """add_special_tokens None: as the checkpoint wants it, unless they are in the text."""
         tokenizer: Tokenizer = self.llm.get_tokenizer()
@@ -109,7 +109,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not there when t
 
     # ---- log likelihoods ------------------------------------------------------------------------
 
-    def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: object) -> list[Score]:
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], **unused: object) -> list[Score]:
         asks = [self._scoring(context, continuation) for _, context, continuation in requests]
         scores = []
         for (texts, _, continuation), output in zip(requests, ask(self.llm, asks), strict=True):
