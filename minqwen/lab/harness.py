@@ -32,12 +32,13 @@ class Tasks(TaskManager):  # type: ignore[misc]  # lm_eval is not there when typ
         if include_path is not None and not Path(include_path).is_dir():
             raise MinqwenError(f"--include-path {include_path}: expected a directory of task files")
         super().__init__(include_path=include_path, include_defaults=False)
+        own = list(self.all_tasks)
         if not all(map(self.knows, names)):
             super().__init__(include_path=include_path)
         self.names = list(names)
         for name in names:
             if not self.knows(name):
-                near = did_you_mean(name, self.all_tasks)
+                near = did_you_mean(name, own) or did_you_mean(name, self.all_tasks)
                 raise MinqwenError(f"--tasks {name}: there is no such task, nor file{near}")
         try:
             self.found = super().load(self.names)
