@@ -92,9 +92,9 @@ def test_a_mistake_is_one_line(words, said):
 
 
 def test_without_the_harness_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    for name in [name for name in sys.modules if name.startswith("minqwen.lab.evaluate")]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in ["lm_eval", *(name for name in sys.modules if name.startswith("lm_eval."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "minqwen.lab.evaluate", raising=False)
     done = run_tool_here("evaluate.py", "--tasks", "sums")
     assert done.code == 2 and done.out == ""
     assert "error: this tool needs lm_eval" in done.err and "minqwen[eval]" in done.err
