@@ -333,7 +333,10 @@ class LLM:
         )
 
     def score(self, prompts: Prompt | Iterable[Prompt], **options: Any) -> list[list[float]]:
-        """log p(token | the tokens before it), in nats, of every prompt token after the first."""
+        """log p(token | the tokens before it), in nats, of every prompt token after the first.
+
+        A prompt may be as long as the context.
+        """
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
         scores = []
         for output in self.generate(prompts, params, **options):
@@ -432,7 +435,7 @@ class LLM:
         points = self._points(trace, params)
         chosen = [*self._hooks, *select_hooks(hooks, self.config.num_hidden_layers)]
         ids, room = self._prompt_ids(read), self._room(params)
-        _check_room(len(ids), self.max_model_len, room)
+        _check_room(len(ids), self.max_model_len, room, params)
         bad_words, constraints = self._bad_words(params), self._constraints(params)
         arrival = next(self._arrivals)
         request = Request(
@@ -605,9 +608,12 @@ def check_chat_options(options: Mapping[str, Any]) -> None:
     refuse_unknown(unknown, also=("sampling_params", "cache_salt", "trace", "hooks", "use_tqdm"))
 
 
-def _check_room(prompt: int, context: int, room: int) -> None:
-    """Raise SamplingError for a prompt after which there is room for no token."""
-    if prompt < room:
+def _check_room(prompt: int, context: int, room: int, params: SamplingParams) -> None:
+    """Raise SamplingError for a prompt after which there is room for no token.
+
+    One that is only scored needs none.
+    """
+    if prompt < room or (prompt == room and params.only_scores):
         return
     name, remedy = "max_model_len", "shorten it, or raise max_model_len"
     if room < context:

@@ -157,6 +157,15 @@ class SamplingParams:
             ours["max_tokens"] = defaults.max_new_tokens
         return cls(**{**ours, **explicit})
 
+    @property
+    def only_scores(self) -> bool:
+        """Whether logprobs of given tokens are wanted, and at most one new token.
+
+        The new token never goes through the model, so the prompt may fill the context.
+        """
+        given = self.prompt_logprobs is not None or self.forced_ids is not None
+        return given and self.max_tokens == 1
+
     def check_ids(self, vocab_size: int) -> None:
         """Raises SamplingError if a field names a token beyond the model's vocab_size logits."""
         for name in ("stop_token_ids", "logit_bias", "forced_ids"):

@@ -60,7 +60,7 @@ class Service:
         """The jobs of a request to /v1/completions, and what will write its answer."""
         self.check_model(body.model)
         params = completion_params(body, self.llm.defaults, self.limits)
-        prompts, texts = self.prompts(body)
+        prompts, texts = self.prompts(body, self.longest_prompt(params))
         heading = Heading.new("cmpl", self.name, self.fingerprint)
         call = Completions(body, heading, self.tokenizer, prompts, texts)
         return call, self.jobs(heading, prompts, params, body.cache_salt)
@@ -71,8 +71,9 @@ class Service:
         check_grammar_size("tools", body.tools or "", self.limits)
         tools = tools_for_template(body)
         params = chat_params(body, self.llm.defaults, self.limits, forced_calls(body))
-        prompt = self.chat_ids(body, tools) + self.begun_answer(body)
-        self.check_ids("messages", prompt)
+        longest = self.longest_prompt(params)
+        prompt = self.chat_ids(body, tools, longest) + self.begun_answer(body)
+        self.check_ids("messages", prompt, longest)
         heading = Heading.new("chatcmpl", self.name, self.fingerprint)
         call = Chat(body, heading, self.tokenizer, prompt, finds_calls=tools is not None)
         return call, self.jobs(heading, [prompt], params, body.cache_salt)
@@ -86,8 +87,8 @@ class Service:
     ) -> list[Job]:
         return [Job(f"{heading.id}-{i}", ids, params, salt) for i, ids in enumerate(prompts)]
 
-    def prompts(self, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
-        """The prompts' ids and, where they are echoed, their texts."""
+    def prompts(self, body: CompletionRequest, longest: int) -> tuple[list[list[int]], list[str]]:
+        """The prompts' ids and, where they are echoed, their texts. longest: tokens of a prompt."""
         found = body.prompt
         if isinstance(found, str) or (found and isinstance(found[0], int)):
             found = [found]  # type: ignore[assignment]  # one prompt, not several
@@ -102,14 +103,17 @@ class Service:
             for prompt in prompts
         ]
         for one in ids:
-            self.check_ids("prompt", one)
+            self.check_ids("prompt", one, longest)
         if not body.echo:
             return ids, [""] * len(ids)
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
         return ids, texts
 
     def chat_ids(
-        self, body: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]] | None
+        self,
+        body: ChatRequest | TokenizeRequest,
+        tools: list[dict[str, Any]] | None,
+        longest: int,
     ) -> list[int]:
         """The prompt of a chat. What looks like a special token in a message is plain text."""
         messages = body.messages or []
@@ -126,7 +130,7 @@ class Service:
             chat_template_kwargs=body.chat_template_kwargs,
             allow_special=False,
         )
-        self.check_ids("messages", ids)
+        self.check_ids("messages", ids, longest)
         return ids
 
     def begun_answer(self, body: ChatRequest) -> list[int]:
@@ -151,7 +155,11 @@ class Service:
                 code="model_not_found",
             )
 
-    def check_ids(self, name: str, ids: Sequence[int]) -> None:
+    def longest_prompt(self, params: SamplingParams) -> int:
+        """Most tokens of a prompt: one that is only scored needs no room for another token."""
+        return self.max_model_len if params.only_scores else self.max_model_len - 1
+
+    def check_ids(self, name: str, ids: Sequence[int], longest: int) -> None:
         """Raise ApiError for a prompt that the model cannot take."""
         if not ids:
             raise ApiError(400, f"{name} has no tokens: give at least one", param=name)
@@ -159,7 +167,7 @@ class Service:
         if wrong is not None:
             expected = f"expected 0 to {self.vocab_size - 1}"
             raise ApiError(400, f"{name} has token id {wrong}: {expected}", param=name)
-        if len(ids) >= self.max_model_len:
+        if len(ids) > longest:
             raise ApiError(
                 400,
                 f"{name} has {len(ids)} tokens, but prompt and output together have room for "
@@ -199,7 +207,7 @@ class Service:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give prompt or messages: one of them")
         if body.prompt is None:
-            ids = self.chat_ids(body, body.tools)
+            ids = self.chat_ids(body, body.tools, self.max_model_len)
         else:
             ids = self.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
         strings = [self.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None

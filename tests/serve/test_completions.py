@@ -195,3 +195,26 @@ def test_a_token_that_is_half_a_character_is_spelled_by_its_bytes(client, embedd
         extra_body={"return_tokens_as_token_ids": True, "top_k": 1},
     )
     assert named.choices[0].logprobs.tokens[0].startswith("token_id:")
+
+
+def test_a_prompt_as_long_as_the_context_is_scored_whole(client, server, oracle):
+    ids = (oracle.tokenizer.encode(" ".join(PROMPTS)) * 9)[: oracle.max_model_len]
+    (scores,) = oracle.score([ids], use_tqdm=False)
+    for room in (0, 1):
+        asked = {"model": NAME, "prompt": ids, "max_tokens": room, "echo": True, "logprobs": 0}
+        found = client.completions.create(temperature=0, **asked).choices[0]
+        assert found.logprobs.token_logprobs[1 : len(ids)] == pytest.approx(scores, abs=1e-5)
+        assert len(found.logprobs.tokens) == len(ids) + room and found.finish_reason == "length"
+        pieces = list(client.completions.create(stream=True, **asked))
+        assert sum(len(p.choices[0].logprobs.tokens) for p in pieces if p.choices[0].logprobs) == (
+            len(ids) + room
+        )
+    wrong = {"prompt": [*ids, 1], "max_tokens": 1, "echo": True, "logprobs": 0}
+    for fields in (
+        wrong,
+        {"prompt": ids, "max_tokens": 1},
+        {**wrong, "prompt": ids, "max_tokens": 2},
+    ):
+        refused = server.post("/v1/completions", model=NAME, **fields)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
