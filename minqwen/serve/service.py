@@ -72,7 +72,7 @@ class Service:
         tools = tools_for_template(body)
         params = chat_params(body, self.llm.defaults, self.limits, forced_calls(body))
         longest = self.longest_prompt(params)
-        prompt = self.chat_ids(body, tools, longest) + self.begun_answer(body)
+        prompt = self.chat_ids(body, tools, longest) + self.begun_answer(body, longest)
         self.check_ids("messages", prompt, longest)
         heading = Heading.new("chatcmpl", self.name, self.fingerprint)
         call = Chat(body, heading, self.tokenizer, prompt, finds_calls=tools is not None)
@@ -133,11 +133,11 @@ class Service:
         self.check_ids("messages", ids, longest)
         return ids
 
-    def begun_answer(self, body: ChatRequest) -> list[int]:
+    def begun_answer(self, body: ChatRequest, longest: int) -> list[int]:
         """The tokens of an answer that is to be continued; no text has every sequence of them."""
         ids = body.continue_token_ids or []
         if ids:
-            self.check_ids("continue_token_ids", ids)
+            self.check_ids("continue_token_ids", ids, longest)
         return ids
 
     @property
