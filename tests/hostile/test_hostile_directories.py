@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hostile.bases import Reader, make_bases
-from hostile.cases import CASES, CONFIG, TOKENIZER, VALID, both, code, edit, instead, text
+from support.hostile.bases import Reader, make_bases
+from support.hostile.cases import CASES, CONFIG, TOKENIZER, VALID, both, code, edit, instead, text
 from support.tool import run_tool_here
 
 MEGABYTES = 1000  # that one directory may cost

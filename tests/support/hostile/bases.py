@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from hostile import worker
-from hostile.cases import CANARY, FILE, GENERATION, INDEX, TEMPLATE, Case
 from safetensors.torch import save_file
 from support.checkpoints import tiny, write
+from support.hostile import worker
+from support.hostile.cases import CANARY, FILE, GENERATION, INDEX, TEMPLATE, Case
 from support.paths import ROOT
 from support.quantised import AWQ, checkpoint
 from support.quantised import read as read_tensors
