@@ -19,6 +19,8 @@ from minqwen.files import printable, quoted
 ErrorClass = type[MinqwenError]
 # Every dtype that weights and caches can have, under torch's name.
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+MAX_TOKEN_ID = 2**31 - 1  # far beyond any vocabulary, and what every reader can hold
+MAX_TOKEN_IDS = 100_000  # in one list
 MAX_INTEGER = 2**63 - 1  # what torch and JSON readers in other languages can hold
 
 
@@ -39,26 +41,39 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def integer(where: str, value: Any, minimum: int, *, error: ErrorClass = ConfigError) -> int:
-    """An integer of at least `minimum` that fits in 64 bits."""
-    if not _is_integer_from(minimum, value):
-        raise wrong(where, value, f"an integer of at least {minimum}", error=error)
+def integer(
+    where: str,
+    value: Any,
+    minimum: int,
+    maximum: int = MAX_INTEGER,
+    *,
+    error: ErrorClass = ConfigError,
+) -> int:
+    """An integer from `minimum` to `maximum`, which is at most what fits in 64 bits."""
+    if not is_integer(value) or not minimum <= value <= maximum:
+        raise wrong(where, value, _range(minimum, maximum), error=error)
     return int(value)
 
 
 def optional_integer(
-    where: str, value: Any, minimum: int, *, error: ErrorClass = ConfigError
+    where: str,
+    value: Any,
+    minimum: int,
+    maximum: int = MAX_INTEGER,
+    *,
+    error: ErrorClass = ConfigError,
 ) -> int | None:
-    """None, or an integer of at least `minimum` that fits in 64 bits."""
+    """None, or what `integer` takes."""
     if value is None:
         return None
-    if not _is_integer_from(minimum, value):
-        raise wrong(where, value, f"an integer of at least {minimum} or null", error=error)
+    if not is_integer(value) or not minimum <= value <= maximum:
+        raise wrong(where, value, f"{_range(minimum, maximum)} or null", error=error)
     return int(value)
 
 
-def _is_integer_from(minimum: int, value: Any) -> bool:
-    return is_integer(value) and minimum <= value <= MAX_INTEGER
+def _range(minimum: int, maximum: int) -> str:
+    above = "" if maximum == MAX_INTEGER else f" and at most {maximum:,}"
+    return f"an integer of at least {minimum}{above}"
 
 
 def number(
@@ -104,7 +119,9 @@ def token_ids(where: str, value: Any, *, error: ErrorClass = ConfigError) -> tup
     if value is None:
         return ()
     ids = value if isinstance(value, (list, tuple)) else [value]
-    if not all(is_integer(id) and id >= 0 for id in ids):
+    if len(ids) > MAX_TOKEN_IDS or not all(
+        is_integer(id) and 0 <= id <= MAX_TOKEN_ID for id in ids
+    ):
         raise wrong(where, value, "a token id, a list of token ids, or null", error=error)
     return tuple(dict.fromkeys(int(id) for id in ids))
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from minqwen.checkpoint.embedded import EMBEDDED as EMBEDDED  # tools import it from here
 from minqwen.checks import did_you_mean
 from minqwen.commands import as_called_here, forget_tools
-from minqwen.errors import MinqwenError, is_first_rank
+from minqwen.errors import MinqwenError, is_first_rank, one_line
+from minqwen.files import read_text
 from minqwen.heads.layout import RECIPES
 from minqwen.model.kv_cache import KV_DTYPES
 from minqwen.parallel import Mesh
@@ -29,6 +30,7 @@ ENGINE_FLAGS = (
     *("max_num_batched_tokens", "enable_prefix_caching", "kv_cache_dtype"),
     *("trust_remote_code", "enforce_eager", "swap_space"),
 )
+MAX_TEXT = 256 << 20  # bytes of a file of prompts or text that a flag names
 
 
 class Parser(argparse.ArgumentParser):
@@ -218,12 +220,20 @@ def check_writable(path: str | Path, flag: str) -> None:
     raise MinqwenError(f"{flag} {path}: {problem}")
 
 
+def read_flag(flag: str, path: str | Path) -> str:
+    """The text of the file that `flag` names. Raises MinqwenError, in one line with the flag."""
+    try:
+        return read_text(Path(path), MinqwenError, MAX_TEXT)
+    except MinqwenError as error:
+        raise MinqwenError(f"{flag} {error}") from None
+
+
 def say_mistake(text: str) -> None:
     """One line about a user's mistake, on stderr, from rank 0.
 
     Every rank tells torchrun: if another is faster, torchrun may end rank 0 before it speaks.
     """
-    text = as_called_here(text)
+    text = one_line(as_called_here(text))  # argparse quotes what was typed
     if is_first_rank():
         print(f"error: {text}", file=sys.stderr, flush=True)
     tell_torchrun(f"error: {text}")
@@ -246,7 +256,7 @@ def tell_torchrun(line: str) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2."""
     forget_tools()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
     try:
         sys.exit(main())
     except MinqwenError as error:

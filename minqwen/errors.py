@@ -12,13 +12,37 @@ from typing import Any
 
 from minqwen.commands import as_called_here
 
+MAX_LINE = 480  # characters of a message, so that "error: " and its like fit into 500 with it
+
+
+def printable(text: str) -> str:
+    """The text in one line, in which nothing moves a terminal's cursor or turns its letters round.
+
+    What Unicode does not call printable is spelled out: control and bidirectional characters, line
+    ends, lone surrogates.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """The text as one printable line of at most MAX_LINE characters, whatever it quotes.
+
+    What is cut out is the middle: a message begins with the place and ends with what to do.
+    """
+    line = printable(text[: 4 * MAX_LINE] + text[4 * MAX_LINE :][-MAX_LINE:])
+    end = MAX_LINE // 3
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - end - 5]} ... {line[-end:]}"
+
 
 class MinqwenError(ValueError):
     """Base of every error a user can cause. Command lines print it as one line and exit with 2.
 
     A message names tools as a checkout has them, `tools/heads.py`; it is read as they are called
-    here.
+    here. It quotes files and requests, so it is made one printable line here, once for all.
     """
+
+    def __init__(self, *message: object):
+        super().__init__(*(one_line(str(part)) for part in message))
 
     def __str__(self) -> str:
         return as_called_here(super().__str__())
@@ -80,7 +104,7 @@ def is_first_rank() -> bool:
 def warn(text: str, stacklevel: int) -> None:
     """A warning from rank 0 alone. stacklevel: as in `warnings.warn`, counted from the caller."""
     if is_first_rank():
-        warnings.warn(as_called_here(text), stacklevel=stacklevel + 1)
+        warnings.warn(one_line(as_called_here(text)), stacklevel=stacklevel + 1)
 
 
 def in_one_line(error: Exception) -> str:

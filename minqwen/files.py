@@ -22,8 +22,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minqwen.errors import MinqwenError
+from minqwen.errors import printable as printable  # the rooms above take it from here
 
-MAX_SMALL_FILE = 100 << 20  # bytes of a JSON or text file; Qwen2.5's tokenizer.json has 7 million
+# Bytes. The largest of its kind that is in use is named beside each, so that parsing what is larger
+# still costs at most a few hundred megabytes.
+MAX_SMALL_FILE = 100 << 20  # Gemma 3's tokenizer.json has 33 million, Qwen2.5's 7
+MAX_HEADER = 32 << 20  # of a weight file's JSON: 100,000 tensors have 15 million
+MOST_BYTES = {
+    "config.json": 4 << 20,  # 60,000, with a quantised module a line
+    "generation_config.json": 4 << 20,
+    "adapter_config.json": 4 << 20,
+    "dump.json": 4 << 20,
+    "tokenizer_config.json": 16 << 20,  # Gemma 3's has 1.2 million
+    "special_tokens_map.json": 16 << 20,
+    "added_tokens.json": 16 << 20,
+    "minqwen_heads.json": 16 << 20,  # 400,000 for the 72B with a padded MLP
+    "model.safetensors.index.json": 32 << 20,  # DeepSeek-V3's has 9 million
+    "vocab.json": 32 << 20,
+    "merges.txt": 32 << 20,
+    "tokenizer.model": 32 << 20,  # Gemma's has 4 million
+}
+MAX_TEMPLATE = 1 << 20  # of a *.jinja file; the longest in use have 30,000
+MAX_NESTING = 100  # of JSON: config.json has four levels, a tool's schema ten
+_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # how JSON spells the half of a surrogate pair
 GIT_LFS = b"version https://git-lfs"  # the first bytes of a pointer that git-lfs has not replaced
 
 
@@ -39,19 +60,14 @@ def quoted(value: object, most: int = 200) -> str:
     """A name or value out of a file as one short printable line, whatever it holds."""
     try:
         text = repr(value)
-    except ValueError:  # Python spells no integer of more than 4,300 digits
-        text = f"a {type(value).__name__} of too many digits to show"
+    except (ValueError, RecursionError):  # more than 4,300 digits, or levels
+        text = f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def and_more(names: Sequence[object]) -> str:
     """What to say after the first of several names: " (and 3 more)" for four, "" for one."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def printable(text: str) -> str:
-    """The text in one line: control characters are spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -62,7 +78,7 @@ def check_directory(path: Path, error: type[MinqwenError]) -> None:
 
     Whoever opens a model's directory asks this first, so that a mistyped name has one answer.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return
     if os.path.lexists(path):
         raise _bad(path, "is a file, expected the directory that holds it and config.json", error)
@@ -79,14 +95,19 @@ def check_directory(path: Path, error: type[MinqwenError]) -> None:
 
 def check_regular(path: Path, error: type[MinqwenError]) -> Stamp:
     """Raise `error` unless `path` is a regular file that holds something, or a link to one."""
-    with _opened(path, error) as (file, found):
+    with opened(path, error) as (file, found):
         _check_start(path, file.read(len(GIT_LFS)), found, error)
     return Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def read_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FILE) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes, opened and read once."""
-    with _opened(path, error) as (file, found):
+def read_small(path: Path, error: type[MinqwenError], limit: int | None = None) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes, opened and read once.
+
+    Without `limit` it is what a file of this name may have.
+    """
+    if limit is None:
+        limit = _most_bytes(path)
+    with opened(path, error) as (file, found):
         _check_size(path, found.st_size, limit, error)
         data = file.read(limit + 1)
     _check_start(path, data[: len(GIT_LFS)], found, error)
@@ -94,8 +115,13 @@ def read_small(path: Path, error: type[MinqwenError], limit: int = MAX_SMALL_FIL
     return data
 
 
+def _most_bytes(path: Path) -> int:
+    usual = MAX_TEMPLATE if path.suffix == ".jinja" else MAX_SMALL_FILE
+    return MOST_BYTES.get(path.name, usual)
+
+
 @contextlib.contextmanager
-def _opened(
+def opened(
     path: Path, error: type[MinqwenError]
 ) -> Iterator[tuple[io.BufferedReader, os.stat_result]]:
     """A regular file, open for reading, and what it is.
@@ -111,7 +137,9 @@ def _opened(
             _check_kind(path, found, error)
             yield file, found
     except OSError as e:
-        raise _unreadable(path, e, error) from None
+        raise _unreadable(path, e.strerror or e, error) from None
+    except UnicodeEncodeError:  # half a surrogate pair, out of an index
+        raise _unreadable(path, "no file can have this name", error) from None
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -140,10 +168,24 @@ def _check_size(path: Path, size: int, limit: int, error: type[MinqwenError]) ->
         raise _bad(path, text, error)
 
 
-def read_text(path: Path, error: type[MinqwenError]) -> str:
+def copy_regular(path: Path, to: Path, error: type[MinqwenError]) -> None:
+    """Copy a regular file, or what a link leads to, with the permissions that it has.
+
+    `to` is made anew. It gets the bytes of the file that was found to be regular, not of what may
+    lie there a moment later, and nobody may read it before it has its permissions.
+    """
+    with opened(path, error) as (file, found):
+        to.unlink(missing_ok=True)  # what a killed writer left may have a mode that forbids writing
+        descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as copy:
+            shutil.copyfileobj(file, copy)
+            os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & 0o777)
+
+
+def read_text(path: Path, error: type[MinqwenError], limit: int | None = None) -> str:
     """The text of a small UTF-8 file, without a byte order mark, which is not part of it."""
     try:
-        return read_small(path, error).decode("utf-8-sig")
+        return read_small(path, error, limit).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise _bad(path, f"is damaged ({e}), expected UTF-8 text; fetch it again", error) from None
 
@@ -172,12 +214,30 @@ def read_json_object(path: Path, error: type[MinqwenError]) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: object, error: type[MinqwenError]) -> Any:
-    """JSON in UTF-8 in which no key appears twice: of two, nobody can say which one is meant."""
+    """JSON in UTF-8 in which no key appears twice: of two, nobody can say which one is meant.
+
+    It is at most MAX_NESTING levels deep, so that whatever walks through it afterwards comes to an
+    end, and every string is one that UTF-8 can have.
+    """
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        _check_nesting(value)
+        if _HALF_A_PAIR.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as e:  # also bad UTF-8, and integers too long for Python
         text = f"is not valid JSON ({e}), expected unique keys and nothing after the end"
         raise _bad(where, f"{text}; fetch the file again or repair it", error) from None
+
+
+def _check_nesting(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        boxes = [box for box in level if isinstance(box, dict | list)]
+        level = [x for box in boxes for x in (box.values() if isinstance(box, dict) else box)]
+        if not boxes:
+            return
+    raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -192,9 +252,8 @@ def _bad(where: object, text: str, error: type[MinqwenError]) -> MinqwenError:
     return error(printable(f"{where}: {text}"))
 
 
-def _unreadable(path: Path, e: OSError, error: type[MinqwenError]) -> MinqwenError:
-    reason = e.strerror or e
-    text = f"cannot be read ({reason}), expected a readable file; fetch the checkpoint again"
+def _unreadable(path: Path, reason: object, error: type[MinqwenError]) -> MinqwenError:
+    text = f"cannot be read ({reason}), expected a readable file; correct the name or fetch it"
     return _bad(path, text, error)
 
 

@@ -16,6 +16,7 @@ from minqwen.errors import CheckpointError, ConfigError, MinqwenError, Tokenizer
 from minqwen.files import (
     and_more,
     check_regular,
+    copy_regular,
     lines_of,
     parse_json,
     printable,
@@ -165,6 +166,43 @@ def test_values_are_quoted_in_one_short_line():
     assert len(quoted("x" * 1000)) == 200 and quoted("x" * 1000, 10) == "'xxxxxx..."
     assert printable("a\nb\x00ü") == "a\\nb\\x00ü"
     assert and_more("a") == "" and and_more("abcd") == " (and 3 more)"
+
+
+def test_an_error_is_one_printable_line_whatever_it_quotes():
+    shown = str(ConfigError("a\x1b[2J\n\u202eb\ud800"))
+    assert shown == "a\\x1b[2J\\n\\u202eb\\ud800"
+    long = str(ConfigError("/models/config.json: " + "x\n" * 10**6 + "; correct it"))
+    assert long.isprintable() and len(long) <= 480
+    assert long.startswith("/models/config.json: ") and long.endswith("; correct it")
+
+
+@pytest.mark.parametrize("opens", ["[", '{"a":'])
+def test_json_is_at_most_100_levels_deep(opens):
+    ends = {"[": "]", '{"a":': "}"}[opens]
+    at_most = opens * 100 + "1" + ends * 100
+    parse_json(at_most.encode(), "x", ConfigError)
+    deeper = opens + at_most + ends
+    assert "more than 100 levels" in refusal(
+        ConfigError, parse_json, deeper.encode(), "x", ConfigError
+    )
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    assert parse_json(b'"\\ud83d\\ude00"', "x", ConfigError) == "\U0001f600"
+    assert "not valid JSON" in refusal(ConfigError, parse_json, b'"\\ud83d"', "x", ConfigError)
+
+
+def test_a_copy_is_of_a_regular_file_and_keeps_its_permissions(tmp_path):
+    (tmp_path / "a").write_text("mine")
+    (tmp_path / "a").chmod(0o4640)
+    copy_regular(tmp_path / "a", tmp_path / "b", ConfigError)
+    assert (tmp_path / "b").read_text() == "mine"
+    assert (tmp_path / "b").stat().st_mode & 0o7777 == 0o640
+    os.mkfifo(tmp_path / "f")
+    assert "not a regular" in refusal(
+        ConfigError, copy_regular, tmp_path / "f", tmp_path / "c", ConfigError
+    )
+    assert not (tmp_path / "c").exists()
 
 
 # ---- one file

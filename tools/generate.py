@@ -30,6 +30,7 @@ from minqwen.cli import (
     engine_options,
     model_flags,
     model_options,
+    read_flag,
     run,
     share_text,
 )
@@ -39,6 +40,7 @@ from minqwen.engine.in_order import Outputs
 from minqwen.engine.outputs import Delta, RequestOutput
 from minqwen.engine.sizing import EngineOptions
 from minqwen.errors import MinqwenError, is_first_rank
+from minqwen.files import lines_of, parse_json
 from minqwen.sampling.logprobs import Logprob
 
 SAMPLING_FLAGS = (
@@ -143,10 +145,7 @@ def read_prompt_file(path: Path) -> list[str]:
     Only a line feed ends a line, with or without a carriage return before it. U+2028, for example,
     may stand inside a JSON string. A byte order mark at the start is no text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # reading makes CR LF an LF
-    except (OSError, UnicodeDecodeError) as e:
-        raise MinqwenError(f"--prompt-file {path}: cannot be read ({e})") from None
+    lines = lines_of(read_flag("--prompt-file", path))
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [line for _, line in numbered]
@@ -154,10 +153,7 @@ def read_prompt_file(path: Path) -> list[str]:
 
 
 def prompt_of_json(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as e:
-        raise MinqwenError(f"{where}: not JSON ({e})") from None
+    value = parse_json(line.encode(), where, MinqwenError)
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise MinqwenError(f'{where}: expected a string or {{"prompt": string}}')

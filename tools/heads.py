@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minqwen.checkpoint.weight_files import MAX_FILE_BYTES
 from minqwen.checks import integer
-from minqwen.cli import EMBEDDED, Parser, check_writable, run
+from minqwen.cli import EMBEDDED, Parser, check_writable, read_flag, run
 from minqwen.commands import as_called_here
 from minqwen.errors import HeadsError, MinqwenError, TokenizerError
 from minqwen.files import check_directory
@@ -310,7 +310,7 @@ def verify(args: argparse.Namespace) -> int:
         if path is not None:
             check_writable(path, flag)
     integer("--max-tokens", args.max_tokens, 1)
-    text = None if args.text is None else read_text("--text", args.text)
+    text = None if args.text is None else read_flag("--text", args.text)
     a, b = Checkpoint(args.a), Checkpoint(args.b)
     for checkpoint in (a, b):
         checkpoint.check()
@@ -376,15 +376,6 @@ def read_ids(model: str, text: str | None, max_tokens: int) -> Tensor:
     if not ids:
         raise MinqwenError("--text: the file holds no token, expected some text")
     return torch.tensor([ids])
-
-
-def read_text(flag: str, file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MinqwenError(
-            f"{flag} {file}: cannot be read ({error}), expected a file of UTF-8 text"
-        ) from None
 
 
 def write(flag: str, file: str, text: str) -> None:

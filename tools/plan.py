@@ -49,6 +49,14 @@ from minqwen.lab.shapes import SIZES, official_config
 from minqwen.model.kv_cache import KV_DTYPES
 
 DEGREES = (1, 2, 4, 8)  # without --tp
+MOST = {  # of a flag: far beyond any machine, and still planned in a second
+    "tp": 1 << 12,
+    "gpus": 1 << 12,
+    "context": 1 << 30,
+    "batch": 1 << 24,
+    "max_num_batched_tokens": 1 << 24,
+    "block_size": 1 << 20,
+}
 COMPARED_CARD_GB = 80  # with --gpus and without --gpu-memory
 
 
@@ -157,6 +165,10 @@ def load_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise MinqwenError for what argparse lets through."""
+    for name, most in MOST.items():
+        if (getattr(args, name) or 0) > most:
+            flag = "--" + name.replace("_", "-")
+            raise MinqwenError(f"{flag} is {getattr(args, name)}, expected at most {most:,}")
     if args.gpus is not None:
         check_gpus(args)
     if not 0 < args.gpu_memory_utilization <= 1:

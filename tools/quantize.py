@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minqwen.checkpoint.quantise import LAYOUTS, packing_for, quantise
-from minqwen.cli import Parser, run
+from minqwen.cli import Parser, read_flag, run
 from minqwen.errors import MinqwenError
 from minqwen.lab.quantisation import Loss, by_kind, measure_loss
 from minqwen.tokenizer import Tokenizer
@@ -84,12 +84,7 @@ def main() -> int:
 
 def read_ids(args: argparse.Namespace) -> list[int]:
     """The ids of the report's text."""
-    text = TEXT
-    if args.text:
-        try:
-            text = Path(args.text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise MinqwenError(f"--text {args.text}: cannot be read as text ({error})") from None
+    text = read_flag("--text", args.text) if args.text else TEXT
     ids = Tokenizer.from_dir(args.src).encode(text)[:MOST_TOKENS]
     if len(ids) < 2:
         raise MinqwenError(

@@ -14,8 +14,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from minqwen.checkpoint.weight_files import INDEX
-from minqwen.errors import CheckpointError
-from minqwen.files import and_more, check_regular, flush, printable, quoted
+from minqwen.errors import CheckpointError, one_line
+from minqwen.files import and_more, check_regular, copy_regular, flush, quoted
 
 HEADS_MANIFEST = "minqwen_heads.json"  # beside the weights of an extension (heads/manifest.py)
 QUANTIZE_CONFIG = "quantize_config.json"  # AutoGPTQ's own: true only of packed weights
@@ -103,8 +103,7 @@ def _copy(path: Path, to: Path, source: Path) -> None:
     if _PROSE.fullmatch(path.name) and path.is_file() and not path.stat().st_size:
         return  # an empty note is no sign of damage
     check_regular(path, CheckpointError)
-    to.unlink(missing_ok=True)  # what a killed writer left may have a mode that forbids writing
-    shutil.copy(path, to)
+    copy_regular(path, to, CheckpointError)
 
 
 def _flush_all(directory: Path) -> None:
@@ -120,7 +119,7 @@ def _warn_of_link(path: Path) -> None:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(printable(text), stacklevel=2)
+    warnings.warn(one_line(text), stacklevel=2)
 
 
 def _is_written_anew(name: str) -> bool:

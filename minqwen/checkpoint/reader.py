@@ -27,7 +27,7 @@ from minqwen.checkpoint.weight_files import (
 )
 from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError
-from minqwen.files import and_more, check_regular, parse_json, quoted
+from minqwen.files import MAX_HEADER, and_more, check_regular, opened, parse_json, quoted
 from minqwen.parallel import Shard
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -162,11 +162,10 @@ class WeightDirectory:
 
     def _read_header(self, file: str) -> dict[str, StoredTensor]:
         path = self.path / file
+        header = _header_bytes(path)
         with self._opened(file) as handle:
             # Of two equal names safetensors itself would take the last.
-            with open(path, "rb") as raw:
-                length = int.from_bytes(raw.read(8), "little")
-                parse_json(raw.read(length), path, CheckpointError)
+            parse_json(header, path, CheckpointError)
             found = {name: handle.get_slice(name) for name in handle.keys()}
             return {
                 name: StoredTensor(file, name, view.get_dtype(), tuple(view.get_shape()))
@@ -290,6 +289,11 @@ class Checkpoint(WeightDirectory):
         self.check_dtypes(PACKED_DTYPES)
         self.config = self.config.replace(quantization_config=None)
         self.packed = PackedWeights(self, packing)
+        if not self.packed.parts:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: quantization_config is there ({packing}), but no "
+                "weight is in words; remove it if the weights are whole, or fetch them again"
+            )
         for name in self.packed.parts:
             if name in self.tensors:
                 raise CheckpointError(
@@ -451,6 +455,18 @@ class Checkpoint(WeightDirectory):
                     f"{self.file(name)}: tensor {quoted(name)} is not zero, expected zeros, since "
                     "Qwen2 has no such bias; this is another model and cannot be read"
                 )
+
+
+def _header_bytes(path: Path) -> bytes:
+    """The JSON with which a weight file begins, as it is."""
+    with opened(path, CheckpointError) as (raw, found):
+        length = int.from_bytes(raw.read(8), "little")
+        if MAX_HEADER < length < found.st_size:  # longer than its file: safetensors will say so
+            raise CheckpointError(
+                f"{path}: its header is {length} bytes long, expected at most {MAX_HEADER}; fetch "
+                "the file again"
+            )
+        return raw.read(min(length, MAX_HEADER))
 
 
 def _in_layer(name: str) -> str:

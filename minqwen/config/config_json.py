@@ -26,22 +26,27 @@ from minqwen.checks import (
     token_ids,
     wrong,
 )
-from minqwen.config.rope_scaling import ROPE_FIELDS, RopeScaling
+from minqwen.config.rope_scaling import MAX_CONTEXT, ROPE_FIELDS, RopeScaling
 from minqwen.errors import ConfigError
 from minqwen.files import printable
 
 Json = Mapping[str, Any]
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+# Sizes, with the largest that is taken for one. Beside each is the largest that anybody has
+# published: a number far beyond it is damage, and tables and plans of it would never end.
+MAX_SIZES = {
+    "vocab_size": 1 << 22,  # 262,144: Gemma 3
+    "hidden_size": 1 << 17,  # 18,432: PaLM
+    "intermediate_size": 1 << 20,  # 73,728: PaLM
+    "num_hidden_layers": 1 << 10,  # 128: Llama 3.1 405B has 126
+    "num_attention_heads": 1 << 12,  # 128: Llama 3.1 405B
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,  # 512: Gemma 4's full attention
+    "max_position_embeddings": MAX_CONTEXT,  # 10,485,760: Llama 4 Scout
+}
+SIZES = tuple(MAX_SIZES)
+MAX_ROPE_THETA = 1e12  # 45e9: Gradient's Llama 3 for 4 million tokens
+MAX_RMS_NORM_EPS = 0.1  # 1e-5
 ARCHITECTURES = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Model"),
     "llama": ("LlamaForCausalLM", "LlamaModel"),
@@ -147,7 +152,8 @@ def _check_dual_chunk(source: str, d: Json) -> None:
     block = d.get("dual_chunk_attention_config")
     if block is not None:
         where, key = f"{source}: dual_chunk_attention_config", "original_max_position_embeddings"
-        integer(f"{where}.{key}", mapping(where, block, "an object or null").get(key), 1)
+        value = mapping(where, block, "an object or null").get(key)
+        integer(f"{where}.{key}", value, 1, MAX_CONTEXT)
 
 
 def _check_no_layer_slides(source: str, d: Json) -> None:
@@ -212,7 +218,7 @@ def _the_one_theta(source: str, thetas: Json) -> float:
         raise _missing(source, "rope_theta", f"{expected}; {remedy}")
     first_place, first = given[0]
     for place, theta in given:
-        number(f"{source}: {place}", theta)
+        number(f"{source}: {place}", theta, high=MAX_ROPE_THETA)
         if theta != first:
             expected = f"the same as {first_place} ({first!r})"
             raise wrong(f"{source}: {place}", theta, expected, "keep one of them")
@@ -258,7 +264,8 @@ def _read_yarn(source: str, where: str, block: Json, d: Json) -> RopeScaling:
 
     transformers 5 reads original_max_position_embeddings from the top level too.
     """
-    maximum = integer(f"{source}: max_position_embeddings", d["max_position_embeddings"], 1)
+    name = "max_position_embeddings"
+    maximum = integer(f"{source}: {name}", d[name], 1, MAX_CONTEXT)
     given = {key: block[key] for key in ROPE_FIELDS if block.get(key) is not None}
     if "truncate" in block:  # null is no default here: transformers takes it for false
         given["truncate"] = block["truncate"]

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minqwen.checks import boolean, integer, mapping, number, optional_integer, token_ids, wrong
+from minqwen.checks import (
+    MAX_TOKEN_ID,
+    boolean,
+    integer,
+    mapping,
+    number,
+    optional_integer,
+    token_ids,
+    wrong,
+)
 from minqwen.config.model_config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.files import read_json_object
@@ -16,6 +25,8 @@ from minqwen.files import read_json_object
 # A lower temperature means greedy decoding, as in vLLM: the differences of scores, divided by it,
 # are so large that almost always the largest score is drawn.
 LEAST_TEMPERATURE = 1e-5
+MOST = 1000.0  # of a temperature; files in use have at most 1.5
+PENALTIES = (1e-4, 1e3)  # above the first and at most the second; files in use have 1 to 1.3
 # Keys of generation_config.json that would change the text, with the values that change nothing.
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -93,7 +104,7 @@ class GenerationDefaults:
         _check_implemented(source, given)
         do_sample = boolean(f"{source}: do_sample", given.get("do_sample", False))
         temperature = number(
-            f"{source}: temperature", given.get("temperature", 1.0), open_low=False
+            f"{source}: temperature", given.get("temperature", 1.0), high=MOST, open_low=False
         )
         stops = token_ids(f"{source}: eos_token_id", given.get("eos_token_id"))
         bos = given.get("bos_token_id", config.bos_token_id)
@@ -102,8 +113,8 @@ class GenerationDefaults:
             temperature=temperature if do_sample and temperature >= LEAST_TEMPERATURE else 0.0,
             do_sample=do_sample,
             eos_token_ids=tuple(dict.fromkeys(stops + config.eos_token_id)),
-            bos_token_id=optional_integer(f"{source}: bos_token_id", bos, 0),
-            pad_token_id=optional_integer(f"{source}: pad_token_id", pad, 0),
+            bos_token_id=optional_integer(f"{source}: bos_token_id", bos, 0, MAX_TOKEN_ID),
+            pad_token_id=optional_integer(f"{source}: pad_token_id", pad, 0, MAX_TOKEN_ID),
             **_lengths(source, given),
             **_filters(source, given),
         )
@@ -120,7 +131,10 @@ def _check_implemented(source: str, given: Mapping[str, Any]) -> None:
 def _lengths(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that end the text, of which only one is not None."""
     names = ("max_new_tokens", "max_length")
-    lengths = {name: optional_integer(f"{source}: {name}", given.get(name), 1) for name in names}
+    lengths = {
+        name: optional_integer(f"{source}: {name}", given.get(name), 1, MAX_TOKEN_ID)
+        for name in names
+    }
     if lengths["max_new_tokens"] is not None:
         lengths["max_length"] = None
     return lengths
@@ -128,12 +142,12 @@ def _lengths(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _filters(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that narrow the choice of the next token."""
-    top_k = integer(f"{source}: top_k", given.get("top_k", 0), -1)
+    top_k = integer(f"{source}: top_k", given.get("top_k", 0), -1, MAX_TOKEN_ID)
     penalty = given.get("repetition_penalty", 1.0)
     min_p = given.get("min_p", 0.0)
     return {
         "top_p": number(f"{source}: top_p", given.get("top_p", 1.0), high=1.0),
         "top_k": max(0, top_k),  # some files write -1 for off
         "min_p": number(f"{source}: min_p", min_p, high=1.0, open_low=False),
-        "repetition_penalty": number(f"{source}: repetition_penalty", penalty),
+        "repetition_penalty": number(f"{source}: repetition_penalty", penalty, *PENALTIES),
     }

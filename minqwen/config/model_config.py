@@ -19,6 +19,7 @@ from typing import Any
 
 from minqwen.checks import (
     BYTES_PER_ELEMENT,
+    MAX_TOKEN_ID,
     boolean,
     dtype_name,
     integer,
@@ -28,7 +29,14 @@ from minqwen.checks import (
     token_ids,
     wrong,
 )
-from minqwen.config.config_json import SIZES, check_model_type, read_fields, write_fields
+from minqwen.config.config_json import (
+    MAX_RMS_NORM_EPS,
+    MAX_ROPE_THETA,
+    MAX_SIZES,
+    check_model_type,
+    read_fields,
+    write_fields,
+)
 from minqwen.config.rope_scaling import RopeScaling
 from minqwen.errors import ConfigError
 from minqwen.files import check_directory, read_json_object, write_text
@@ -96,9 +104,9 @@ class ModelConfig:
     def _settle_sizes(self) -> None:
         if self.num_key_value_heads is None:
             self._put("num_key_value_heads", self.num_attention_heads)
-        for name in SIZES:
+        for name, most in MAX_SIZES.items():
             if name != "head_dim":
-                self._put(name, integer(self._where(name), getattr(self, name), 1))
+                self._put(name, integer(self._where(name), getattr(self, name), 1, most))
         H, K = self.num_attention_heads, self.num_key_value_heads
         if H % K:
             expected = f"a multiple of num_key_value_heads ({K})"
@@ -113,14 +121,14 @@ class ModelConfig:
                 expected = f"a value, since {reason}"
                 raise wrong(where, None, expected, "write head_dim into the config")
             self._put("head_dim", D // H)
-        self._put("head_dim", integer(where, self.head_dim, 1))
+        self._put("head_dim", integer(where, self.head_dim, 1, MAX_SIZES["head_dim"]))
         if self.head_dim % 2:
             remedy = "rotary embedding pairs the dimensions of a head"
             raise wrong(where, self.head_dim, "an even number", remedy)
 
     def _settle_numbers(self) -> None:
-        for name in ("rms_norm_eps", "rope_theta"):
-            self._put(name, number(self._where(name), getattr(self, name)))
+        for name, most in (("rms_norm_eps", MAX_RMS_NORM_EPS), ("rope_theta", MAX_ROPE_THETA)):
+            self._put(name, number(self._where(name), getattr(self, name), high=most))
         if not isinstance(self.rope_scaling, RopeScaling | None):
             where = self._where("rope_scaling")
             raise wrong(where, self.rope_scaling, "a RopeScaling or None", "build one")
@@ -132,7 +140,8 @@ class ModelConfig:
         ids = token_ids(self._where("eos_token_id"), self.eos_token_id)
         self._put("eos_token_id", ids)
         for name in ("bos_token_id", "pad_token_id"):
-            self._put(name, optional_integer(self._where(name), getattr(self, name), 0))
+            id = optional_integer(self._where(name), getattr(self, name), 0, MAX_TOKEN_ID)
+            self._put(name, id)
 
     # ---- reading and writing
 

@@ -9,6 +9,12 @@ from typing import Any
 
 from minqwen.checks import boolean, integer, number, wrong
 
+# The largest that are taken for true; beside them what models in use have.
+MAX_CONTEXT = 1 << 27  # tokens; 10,485,760: Llama 4 Scout
+MAX_FACTOR = 4096.0  # 64: Kimi K2's YaRN
+BETAS = (1e-3, 1e4)  # rotations; 32 and 1, which YaRN's authors chose
+SCALES = (1e-3, 1e3)  # of cos and sin; 1.2 at factor 8
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -55,19 +61,22 @@ ROPE_FIELDS = tuple(field.name for field in dataclasses.fields(RopeScaling))
 def checked_fields(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All of RopeScaling's fields, numbers as floats; ConfigError that begins with `where`."""
     fields = dict(given)
-    fields["factor"] = number(f"{where}.factor", fields["factor"], 1.0, open_low=False)
+    fields["factor"] = number(f"{where}.factor", fields["factor"], 1.0, MAX_FACTOR, open_low=False)
     key = "original_max_position_embeddings"
-    fields[key] = integer(f"{where}.{key}", fields[key], 1)
+    fields[key] = integer(f"{where}.{key}", fields[key], 1, MAX_CONTEXT)
+    if fields["factor"] * fields[key] > MAX_CONTEXT:
+        expected = f"at most {MAX_CONTEXT:,} tokens in all, over {fields[key]:,} original ones"
+        raise wrong(f"{where}.factor", fields["factor"], expected)
     for key in ("beta_fast", "beta_slow"):
-        fields[key] = number(f"{where}.{key}", fields[key])
+        fields[key] = number(f"{where}.{key}", fields[key], *BETAS, open_low=False)
     if fields["beta_fast"] < fields["beta_slow"]:
         expected = f"at least beta_slow ({fields['beta_slow']:g})"
         raise wrong(f"{where}.beta_fast", fields["beta_fast"], expected, "exchange the two")
     key = "attention_factor"
     if fields[key] is not None:
-        fields[key] = number(f"{where}.{key}", fields[key])
+        fields[key] = number(f"{where}.{key}", fields[key], *SCALES, open_low=False)
     for key in ("mscale", "mscale_all_dim"):
         if fields[key] is not None:
-            fields[key] = number(f"{where}.{key}", fields[key], open_low=False)
+            fields[key] = number(f"{where}.{key}", fields[key], 0.0, SCALES[1], open_low=False)
     boolean(f"{where}.truncate", fields["truncate"])
     return fields

@@ -23,6 +23,7 @@ from typing import Any
 
 from minqwen.checks import integer, number, one_of
 from minqwen.config import ModelConfig
+from minqwen.config.config_json import MAX_SIZES
 from minqwen.errors import HeadsError
 from minqwen.files import quoted
 
@@ -189,6 +190,9 @@ def layout(
     slots = heads if num_attention_heads is None else num_attention_heads
     kv_slots = kv_heads if num_key_value_heads is None else num_key_value_heads
     _check_recipe(recipe, alpha)
+    for name, count in (("num_attention_heads", slots), ("num_key_value_heads", kv_slots)):
+        if count > MAX_SIZES[name]:
+            raise HeadsError(f"{name} is {count}, expected at most {MAX_SIZES[name]}; choose fewer")
     _check_counts(heads, kv_heads, slots, kv_slots)
     copies = kv_slots // kv_heads
     placed, shares = _place_heads(config, slots, kv_slots, recipe, alpha)

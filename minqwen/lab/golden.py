@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from minqwen.checkpoint import Checkpoint
+from minqwen.errors import CheckpointError
+from minqwen.files import opened
 from minqwen.model import Qwen2
 
 STARTS = (1, 1001, 2001)  # of the three prompts, in one sequence of numbers that look like noise
@@ -55,7 +57,7 @@ def file_digests(directory: Path) -> dict[str, str]:
 
 def file_digest(path: Path) -> str:
     sha = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path, CheckpointError) as (file, _):
         while piece := file.read(1 << 20):
             sha.update(piece)
     return sha.hexdigest()

@@ -18,7 +18,9 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +48,11 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_PRECOMPILED = re.compile(rb'"type"\s*:\s*"Precompiled"')
 SPACE = "\u2581"  # how sentencepiece spells a space
+
+
+CANNOT_CUT = "cannot cut a text into tokens"
 
 
 def load_backend(path: Path, add_prefix_space: bool) -> ByteLevelBPE | SentencePiece:
@@ -68,15 +74,15 @@ def load_backend(path: Path, add_prefix_space: bool) -> ByteLevelBPE | SentenceP
     )
 
 
-def _made_from(path: Path, make: Callable[[], T]) -> T:
+def _made_from(path: Path, make: Callable[[], T], fault: str = "damaged") -> T:
     """make(), a call of a library, in which whatever is raised about a damaged file is one line."""
     try:
         return make()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, TokenizerError):
         raise
     except BaseException as error:  # a panic of the Rust library is not an Exception
         words = " ".join(str(error).split())[:200]
-        raise TokenizerError(f"{path}: damaged: {words}; fetch the file again") from None
+        raise TokenizerError(f"{path}: {fault}: {words}; fetch the file again") from None
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
@@ -118,6 +124,23 @@ def _state(part: Any) -> dict[str, Any]:
     return state
 
 
+def _check_template(path: Path, post_processor: dict[str, Any]) -> None:
+    """Raise TokenizerError if a post-processor writes tokens that it does not have.
+
+    The library would panic, with several lines on stderr, at the first text.
+    """
+    for part in [post_processor, *post_processor.get("processors", [])]:
+        known = part.get("special_tokens", {})
+        pieces = [*part.get("single", []), *part.get("pair", [])]
+        written = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+        missing = [token for token in written if token not in known]
+        if part.get("type") == "TemplateProcessing" and missing:
+            raise TokenizerError(
+                f"{path}: damaged: its post_processor writes {quoted(missing[0])}, expected one of "
+                "its special_tokens; fetch the file again"
+            )
+
+
 def _adds_prefix_space(pre_tokenizer: dict[str, Any]) -> bool | None:
     """What the ByteLevel in a pre-tokenizer says of it, which may be one of a Sequence."""
     for part in [pre_tokenizer, *pre_tokenizer.get("pretokenizers", [])]:
@@ -136,6 +159,7 @@ class ByteLevelBPE:
     def __init__(self, library: tokenizers.Tokenizer, source: Path):
         self.library, self.source = library, source
         self._check_byte_level()
+        _check_template(source, _state(library.post_processor))
         library.no_truncation()
         library.no_padding()
         self.affixes = self._post_processor_ids()
@@ -158,6 +182,11 @@ class ByteLevelBPE:
     def from_json(cls, path: Path) -> ByteLevelBPE:
         """From a tokenizer.json, which says all of it."""
         data = read_small(path, TokenizerError).removeprefix(codecs.BOM_UTF8)
+        if _PRECOMPILED.search(data):  # sentencepiece's; the library panics at a damaged one
+            raise TokenizerError(
+                f"{path}: its normalizer is Precompiled, expected one of a byte-level tokenizer, "
+                "as Qwen2's; take another tokenizer"
+            )
         backend = cls(_made_from(path, lambda: tokenizers.Tokenizer.from_buffer(data)), path)
         if any(backend.library.id_to_token(id) is None for id in range(backend.size)):
             raise _wrong_ids(path, backend.size)
@@ -192,8 +221,14 @@ class ByteLevelBPE:
 
     def _post_processor_ids(self) -> tuple[list[int], list[int]]:
         """What tokenizer.json's post-processor puts before and after a text; nothing in Qwen2.5."""
-        whole = self.library.encode("a", add_special_tokens=True).ids
-        bare = self.library.encode("a", add_special_tokens=False).ids
+        whole, bare = (
+            _made_from(
+                self.source,
+                partial(self.library.encode, "a", add_special_tokens=special),
+                CANNOT_CUT,
+            ).ids
+            for special in (True, False)
+        )
         starts = [n for n in range(len(whole)) if whole[n : n + len(bare)] == bare]
         start = starts[0] if starts else 0
         return whole[:start], whole[start + len(bare) :]
@@ -210,6 +245,9 @@ class ByteLevelBPE:
         return self.library.get_added_tokens_decoder()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return _made_from(self.source, lambda: self._encode(texts), CANNOT_CUT)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if self._missing:
             find = finder(token.content for token in self.added().values())
             for text in texts:
@@ -219,6 +257,9 @@ class ByteLevelBPE:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which added tokens are plain characters."""
+        return _made_from(self.source, lambda: self._encode_plain(text), CANNOT_CUT)
+
+    def _encode_plain(self, text: str) -> list[int]:
         self._check_nothing_is_lost(text)
         return self._model_ids(text)
 

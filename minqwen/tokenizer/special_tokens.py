@@ -23,6 +23,7 @@ from minqwen.tokenizer.backends import ByteLevelBPE, SentencePiece
 
 Backend = ByteLevelBPE | SentencePiece
 CONFIG, ADDED, NAMES = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
+OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 # In the order in which tokens that the vocabulary lacks get their ids. The four with True are used
 # here, so the vocabulary must have them.
 NAMED = {
@@ -169,4 +170,5 @@ def _add_decoder(backend: Backend, where: str, specs: Any) -> None:
 
 
 def _added_token(spec: Mapping[str, Any]) -> AddedToken:
-    return AddedToken(**{name: value for name, value in spec.items() if name != "__type"})
+    """The library ignores other keys too, but prints their names as they are."""
+    return AddedToken(**{name: spec[name] for name in OPTIONS if name in spec})

@@ -313,9 +313,9 @@ class Tokenizer:
         }
         try:
             prompt = self._renderer.render(source, variables)
+            _check_text(prompt)
         except TokenizerError as error:
             raise TokenizerError(f"{directory}: chat template: {error}") from None
-        _check_text(prompt)
         return chat.cut(prompt) if continue_final_message else prompt
 
     def encode_chat(

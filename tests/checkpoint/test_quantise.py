@@ -211,7 +211,7 @@ def test_a_mistake_at_the_command_line_is_one_line(embedded, tmp_path):
         ("--bits", 4): "choose --group-size 64",
         ("--bits", 8, "--layout", "awq"): "bits is 8 with layout awq",
         ("--bits", 4, "--text", "x"): "--text is the text of --report",
-        ("--bits", 4, "--report", "--text", tmp_path / "none"): "cannot be read as text",
+        ("--bits", 4, "--report", "--text", tmp_path / "none"): "cannot be read",
         ("--bits", 4, "--layuot"): "did you mean '--layout'",
     }.items():
         done = run_tool_here("quantize.py", embedded, tmp_path / "b", *arguments)

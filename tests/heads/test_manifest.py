@@ -65,8 +65,8 @@ def test_a_manifest_of_another_checkpoint_is_refused(tmp_path):
     other = CONFIG.replace(num_attention_heads=12, num_key_value_heads=3, head_dim=8)
     with pytest.raises(HeadsError, match="num_attention_heads is 12 .* expected 9"):
         WHOLE.check_fits(other, tmp_path)
-    huge = Manifest(WHOLE.layout, "qwen2", CONFIG.to_dict() | {"num_hidden_layers": 10**9}, {})
-    with pytest.raises(HeadsError, match="num_hidden_layers is 2 .* expected 1000000000"):
+    huge = Manifest(WHOLE.layout, "qwen2", CONFIG.to_dict() | {"num_hidden_layers": 1000}, {})
+    with pytest.raises(HeadsError, match="num_hidden_layers is 2 .* expected 1000"):
         huge.check_fits(CONFIG.replace(num_attention_heads=9), tmp_path)
 
 

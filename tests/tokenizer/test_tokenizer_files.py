@@ -46,7 +46,7 @@ NOT_FILES = {
     "fifo": "is not a regular file",
     "broken link": "cannot be read",
     "empty": "is empty (0 bytes)",
-    "too large": "expected at most 104857600",
+    "too large": "expected at most ",
 }
 
 

@@ -142,7 +142,7 @@ def test_mistakes_are_one_line_and_exit_2_before_a_weight_is_read(unreadable_wei
     "text, line, says",
     [
         ('"x"\n{"prompt": 5}\n', 2, "expected a string"),
-        ('\n\n"x\n', 3, "not JSON"),
+        ('\n\n"x\n', 3, "not valid JSON"),
         ("5\n", 1, "expected a string"),
     ],
 )

@@ -121,7 +121,7 @@ class Dump:
         if not path.is_dir():
             raise wrong(path, "is no directory, expected one with a dump; correct the name")
         about = path / "dump.json"
-        described = read_json_object(about, DumpError) if about.exists() else {}
+        described = read_json_object(about, DumpError) if os.path.lexists(about) else {}
         ours = "format" in described
         if ours:
             one_of(f"{about}: format", described["format"], (FORMAT,), error=DumpError)

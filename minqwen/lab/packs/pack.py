@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from minqwen.checkpoint.embedded import EMBEDDED
 from minqwen.checks import did_you_mean
 from minqwen.config import ModelConfig
 from minqwen.errors import MinqwenError, PackError
-from minqwen.files import and_more, read_json_object
+from minqwen.files import and_more, check_regular, read_json_object
 from minqwen.lab.golden import digest, file_digests
 from minqwen.lab.packs.runs import find_run
 from minqwen.model.trace import canonical
@@ -86,7 +87,7 @@ class Pack:
     def open(path: str | Path) -> Pack:
         """Read and check the manifest; no tensor is read. Raises PackError."""
         path = Path(path)
-        if not (path / MANIFEST).is_file():
+        if not os.path.lexists(path / MANIFEST):
             raise PackError(
                 f"{path}: has no {MANIFEST}, expected the directory of a golden pack; make one "
                 "with tools/golden.py make"
@@ -163,6 +164,7 @@ class Pack:
 
     def _read_tensor(self, file: Path, name: str, entry: Entry) -> Tensor:
         try:
+            check_regular(file, PackError)
             with safe_open(file, framework="pt") as handle:
                 tensor: Tensor = handle.get_tensor(name).clone()
         except (SafetensorError, OSError) as e:
