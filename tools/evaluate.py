@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from minqwen import LLM, Checkpoint, Mesh
@@ -26,7 +25,6 @@ from minqwen.cli import (
     model_flags,
     model_options,
     run,
-    say_mistake,
 )
 from minqwen.engine.sizing import EngineOptions
 from minqwen.errors import MinqwenError, is_first_rank
@@ -35,13 +33,13 @@ from minqwen.lab.together import end, follow
 
 # Hugging Face's libraries read these when they are imported.
 os.environ.update({f"HF_{name}_OFFLINE": "1" for name in ("HUB", "DATASETS", "EVALUATE")})
+MISSING = None  # the package without which --help alone works
 if is_first_rank():  # the other ranks know nothing of tasks
     try:
         from minqwen.lab.evaluate import EngineLM
         from minqwen.lab.harness import Tasks, as_json, as_table, evaluate
     except ModuleNotFoundError as missing:
-        say_mistake(f'this tool needs {missing.name}: pip install "minqwen[eval]"')
-        sys.exit(2)
+        MISSING = missing.name
 
 
 def parse() -> argparse.Namespace:
@@ -103,6 +101,8 @@ def report(args: argparse.Namespace, llm: LLM, tasks: Tasks) -> None:
 
 def main() -> int:
     args = parse()
+    if MISSING is not None:
+        raise MinqwenError(f'this tool needs {MISSING}: pip install "minqwen[eval]"')
     check(args)
     mesh = Mesh.from_env(args.device, tensor_parallel_size=args.tensor_parallel_size)
     names = [name for name in args.tasks.split(",") if name]

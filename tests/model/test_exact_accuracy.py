@@ -24,7 +24,7 @@ def errors(weights, ids, arithmetics=("native", "exact"), dtype=torch.float32):
 def test_closer_to_float64_than_native_on_the_embedded_model(embedded_weights):
     ids = torch.cat(prompts(2048), 1)
     error = errors(embedded_weights, ids)
-    assert error["exact"] < 0.6 * error["native"] < 1e-6
+    assert error["exact"] < 0.8 * error["native"] < 1e-6
     error = errors(embedded_weights, ids, dtype=torch.bfloat16)
     assert error["exact"] < 1.1 * error["native"]
 

@@ -182,11 +182,12 @@ def test_an_id_is_an_integer_or_is_refused_in_one_line(name):
 
 def test_numbers_too_long_to_spell_are_told_all_the_same():
     long = 10**5000
+    told = "too long to show: expected|of too many digits to show: expected"
     for refused in (
         lambda: SamplingParams(min_tokens=long),
         lambda: SamplingParams(stop_token_ids=[long]).check_ids(9),
     ):
-        with pytest.raises(SamplingError, match="an? (int )?of too many digits to show: expected"):
+        with pytest.raises(SamplingError, match=told):
             refused()
 
 

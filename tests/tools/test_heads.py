@@ -83,7 +83,7 @@ def test_mistakes_are_told_before_a_model_is_opened(tmp_path, flags, said):
 def test_a_text_without_a_token_is_refused(embedded, wide, tmp_path):
     (tmp_path / "empty").write_text("")
     result = heads("verify", embedded, wide, "--text", tmp_path / "empty")
-    assert result.code == 2 and "holds no token" in result.err
+    assert result.code == 2 and "empty: is empty (0 bytes)" in result.err
 
 
 def test_exact_arithmetic_in_float64_is_refused(embedded, wide):
