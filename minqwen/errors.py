@@ -107,6 +107,6 @@ def warn(text: str, stacklevel: int) -> None:
         warnings.warn(one_line(as_called_here(text)), stacklevel=stacklevel + 1)
 
 
-def in_one_line(error: Exception) -> str:
+def kind_and_words(error: Exception) -> str:
     """The kind of an error that is not the user's, and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

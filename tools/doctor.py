@@ -29,7 +29,7 @@ import torch
 
 from minqwen.checkpoint.load import check_options
 from minqwen.cli import EMBEDDED, Parser, check_writable, run
-from minqwen.errors import MinqwenError, in_one_line
+from minqwen.errors import MinqwenError, kind_and_words
 from minqwen.files import write_text
 from minqwen.lab.bench.roofs import Roofs
 from minqwen.lab.device import Outcome, examine_cpu, examine_device
@@ -100,7 +100,7 @@ class Report:
         except MinqwenError:
             raise
         except Exception as error:
-            line = f"raises {in_one_line(error)}"
+            line = f"raises {kind_and_words(error)}"
             self.show(Outcome("section", "the rest of it", against=["itself"], differences=[line]))
         self.write()
 

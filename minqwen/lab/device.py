@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minqwen.errors import in_one_line
+from minqwen.errors import kind_and_words
 from minqwen.lab.device_checks import Check, Size, Tensors, checks
 from minqwen.lab.device_numbers import Numbers
 from minqwen.lab.golden import BITS, digest
@@ -138,7 +138,7 @@ def _compare(
 
 
 def _raises(error: Exception) -> str:
-    return f"raises {in_one_line(error)}"
+    return f"raises {kind_and_words(error)}"
 
 
 # ---- all checks ---------------------------------------------------------------------------------

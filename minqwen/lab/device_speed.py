@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from minqwen.config import ModelConfig
-from minqwen.errors import in_one_line
+from minqwen.errors import kind_and_words
 from minqwen.lab.bench.contestants import Contestant, read_contestant
 from minqwen.lab.bench.jobs import Job, decode_job
 from minqwen.lab.bench.ours import load
@@ -81,7 +81,7 @@ def speeds(setup: Setup, who: list[str], jobs: list[Job], roofs: Roofs) -> Itera
         try:
             yield from _speeds_of(replace(setup, contestant=contestant), jobs, roofs, family)
         except Exception as error:  # one arithmetic that cannot run must not hide the others
-            yield Outcome(family, contestant.name, note=f"skipped: {in_one_line(error)}")
+            yield Outcome(family, contestant.name, note=f"skipped: {kind_and_words(error)}")
 
 
 def _speeds_of(setup: Setup, jobs: list[Job], roofs: Roofs, family: str) -> Iterator[Outcome]:
@@ -132,7 +132,9 @@ def memory_on_cpu() -> Iterator[Outcome]:
     try:
         found = measure(job)
     except Exception as error:
-        yield Outcome("memory", "predicted beside measured", note=f"skipped: {in_one_line(error)}")
+        yield Outcome(
+            "memory", "predicted beside measured", note=f"skipped: {kind_and_words(error)}"
+        )
         return
     outcome = compared_memory("memory", found.predicted, found.measured)
     outcome.seconds = time.perf_counter() - began

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from minqwen.errors import MinqwenError, in_one_line
+from minqwen.errors import MinqwenError, kind_and_words
 from minqwen.lab.bench.jobs import Job
 from minqwen.lab.bench.llama_cpp import load_llama_cpp
 from minqwen.lab.bench.ours import load
@@ -123,7 +123,7 @@ def work(setup: dict[str, Any], out: TextIO | None) -> None:
 
 
 def why(error: Exception) -> str:
-    return str(error) if isinstance(error, MinqwenError) else in_one_line(error)
+    return str(error) if isinstance(error, MinqwenError) else kind_and_words(error)
 
 
 def main() -> None:
