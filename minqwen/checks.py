@@ -205,7 +205,7 @@ def refuse_unknown_arguments(
     """
     names = sorted(known)
     for name, value in given.items():
-        if name in OF_OTHERS:
+        if name in OF_OTHERS and name not in names:
             hint = OF_OTHERS[name].format(value=printable(str(value).removeprefix("torch.")))
             raise ConfigError(f"there is no argument {name!r}: {hint}")
         if name not in names:

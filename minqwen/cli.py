@@ -184,8 +184,12 @@ def engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=KV_DTYPES,
         help="int8: keys and values in half of the memory, less exact (default: the model's)",
     )
-    for flag in ("--trust-remote-code", "--enforce-eager"):
-        add(flag, action="store_true", help="makes no difference here")
+    add(
+        "--enforce-eager",
+        action=argparse.BooleanOptionalAction,
+        help="no: compiled steps and CUDA graphs on a GPU, not measured yet (default: yes)",
+    )
+    add("--trust-remote-code", action="store_true", help="makes no difference here")
     add(
         "--tensor-parallel-size",
         type=int,

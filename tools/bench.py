@@ -12,8 +12,9 @@ contestants, each a process of its own, take turns at every job: a prefill, deco
 requests at the same time. The table has medians of wall and processor time; ratio is the first
 contestant's time over this one's: above 1 is faster than the first. "of roof" is the least time
 that the limits allow over the wall time. A contestant is written NAME/DTYPE, where the dtype may be
-left out, or NAME/DTYPE/bare for the model without the engine. A peer that is not installed is left
-out, with what to do; one that lives in another virtual environment is found by --python.
+left out; NAME/DTYPE/bare is the model without the engine, fast/DTYPE/captured has steps that are
+compiled, on a GPU. A peer that is not installed is left out, with what to do; one that lives in
+another virtual environment is found by --python.
 """
 
 from __future__ import annotations

@@ -15,12 +15,11 @@ from minqwen.errors import ConfigError, SamplingError, warn
 from minqwen.files import quoted
 from minqwen.sampling.params import SamplingParams
 
-_NOT_CAPTURED = "nothing is compiled or captured"
+_NOT_CAPTURED = "with enforce_eager=False each size of a step is captured when it first comes"
 _OWN_SCHEDULE = "every step is scheduled when the one before it is done"
 # Argument: why it makes no difference.
 IDLE = {
     "trust_remote_code": "no code of a checkpoint is ever run",
-    "enforce_eager": _NOT_CAPTURED,
     "compilation_config": _NOT_CAPTURED,
     "cuda_graph_sizes": _NOT_CAPTURED,
     "max_context_len_to_capture": _NOT_CAPTURED,

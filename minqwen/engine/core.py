@@ -101,7 +101,7 @@ class EngineCore:
 
     @torch.inference_mode()
     def _step(self, step: list[Scheduled]) -> list[Delta]:
-        logits = self.runner.run(step)
+        logits = self.runner.run(step, hooked=self.intervened)
         last = wide(logits.last())  # [B, V]
         wrong = self._failures_of_all_ranks(step, logits.failures)
         finite = last.sum(-1).isfinite().tolist()  # a NaN or an infinity stays one in the sum
@@ -138,7 +138,7 @@ class EngineCore:
             self.outdated, intervened = map(bool, flags.tolist())
         self.intervened = intervened
         if self.outdated:
-            self.runner.renew_cache()
+            self.runner.renew()
             self.scheduler.start_over(not intervened)
             self.outdated = False
             self.restarts += 1

@@ -70,8 +70,8 @@ class LLM:
     several copies, called replicas, share the prompts of `generate`. options: those of
     `engine.sizing.EngineOptions` (max_model_len, block_size, num_blocks, kv_cache_bytes,
     gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, enable_prefix_caching,
-    kv_cache_dtype), and vLLM's, as `engine.arguments` says. seed: of requests that have none of
-    their own; None draws one. `with LLM(...) as llm:` frees the memory at its end.
+    kv_cache_dtype, enforce_eager), and vLLM's, as `engine.arguments` says. seed: of requests that
+    have none of their own; None draws one. `with LLM(...) as llm:` frees the memory at its end.
     Raises MinqwenError for what cannot work, before any weight is read where that can be known.
     """
 
@@ -470,7 +470,8 @@ class LLM:
         o = self.options
         pool = BlockPool(num_blocks, o.block_size, o.enable_prefix_caching)
         scheduler = Scheduler(pool, o.max_num_seqs, o.max_num_batched_tokens)
-        runner = Runner(model, model.new_cache(num_blocks, o.block_size, o.kv_cache_dtype))
+        cache = model.new_cache(num_blocks, o.block_size, o.kv_cache_dtype)
+        runner = Runner(model, cache, self.max_model_len, o.max_num_seqs, o.enforce_eager)
         tokenizer = self.tokenizer
         spell = None if tokenizer is None else lambda token: tokenizer.decode([token])
         return EngineCore(runner, scheduler, self.mesh, spell)

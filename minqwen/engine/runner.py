@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from minqwen.engine.failures import lacks_memory
+from minqwen.engine.graphs import Steps, give_up, steps_of
 from minqwen.engine.scheduler import Scheduled
 from minqwen.engine.tracing import StepTrace
 from minqwen.model import Batch, KVCache, Qwen2
@@ -37,29 +40,84 @@ class StepLogits:
 
 
 class Runner:
-    """Runs steps on one model and its cache. It is the only caller of the forward pass here."""
+    """Runs steps on one model and its cache. It is the only caller of the forward pass here.
 
-    def __init__(self, model: Qwen2, cache: KVCache):
+    max_model_len, max_num_seqs: the longest sequence and the most of them that come. enforce_eager:
+    nothing is compiled or captured on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2,
+        cache: KVCache,
+        max_model_len: int,
+        max_num_seqs: int,
+        enforce_eager: bool = False,
+    ):
         self.model, self.cache = model, cache
+        self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
+        self.enforce_eager = enforce_eager
+        self.steps: Steps | None = None
 
-    def renew_cache(self) -> None:
-        """A model that has another dtype now, or is on another device, needs another cache."""
+    def renew(self) -> None:
+        """Begin anew with a model that has changed.
+
+        If it has another dtype now, or is on another device, it needs another cache.
+        """
+        self._renew_cache()
+        self.steps = None  # before there are others, so that their memory is free
+        if not self.enforce_eager:
+            self.steps = steps_of(self.model, self.cache, self.max_model_len, self.max_num_seqs)
+
+    def _renew_cache(self) -> None:
         cache, model = self.cache, self.model
         if (cache.dtype, cache.pool.device) != (model.dtype, model.device):
             kv_dtype = "int8" if isinstance(cache, Int8KVCache) else "auto"
             self.cache = model.new_cache(cache.num_blocks, cache.block_size, kv_dtype)
 
     @torch.inference_mode()
-    def run(self, step: list[Scheduled]) -> StepLogits:
-        """One forward pass: writes the new ids' keys and values, and returns logits."""
+    def run(self, step: list[Scheduled], hooked: bool = False) -> StepLogits:
+        """One forward pass: writes the new ids' keys and values, and returns logits.
+
+        hooked: the model has hooks of somebody, who wants them called.
+        """
         num_logits = [item.count if item.completion.wants_prompt_logits else 1 for item in step]
-        ids, batch = pack(step, num_logits, self.cache.block_size, self.model.device)
         ends = list(accumulate(num_logits))
         starts = [end - n for end, n in zip(ends, num_logits)]
         trace = StepTrace(step, starts, ends)
+        packed = partial(pack, step, num_logits, self.cache.block_size, self.model.device)
+        if self.steps is not None:
+            self.cache.clear(new_last_blocks(step, self.cache.block_size))
+            if not hooked and not trace.names:
+                compiled = self._run_compiled(self.steps, step, packed)
+                if compiled is not None:
+                    return StepLogits(compiled, starts, ends, trace.failures)
+        ids, batch = packed()
         tap = TracingTap(self.model, trace.names, trace.show) if trace.names else UNTRACED
         logits: Tensor = self.model(ids, batch, self.cache, tap)
         return StepLogits(logits, starts, ends, trace.failures)
+
+    def _run_compiled(
+        self, steps: Steps, step: list[Scheduled], packed: Callable[[], tuple[Tensor, Batch]]
+    ) -> Tensor | None:
+        """Logits; None, and no step is compiled from then on, where that does not work."""
+        try:
+            return steps.run(step, packed)
+        except Exception as error:
+            if lacks_memory(error):
+                raise
+            self.steps = None
+            give_up(error)
+            return None
+
+
+def new_last_blocks(step: Sequence[Scheduled], block_size: int) -> list[int]:
+    """The blocks that this step begins to fill and does not fill to their ends."""
+    return [
+        item.completion.blocks[item.end // block_size]
+        for item in step
+        if item.end % block_size and item.end // block_size * block_size >= item.completion.computed
+    ]
 
 
 def pack(

