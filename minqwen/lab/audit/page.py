@@ -46,7 +46,7 @@ def pair_as_text(pair: Pair) -> str:
 
 def facts(report: Report) -> list[tuple[str, str]]:
     """What was found, by name. Only what is known."""
-    found = [("verdict", report.verdict)]
+    found: list[tuple[str, str]] = [("verdict", report.verdict)]
     if report.explained_by is not None:
         name = report.explained_by.name
         found.append((name, FAULTS[name].symptom))
