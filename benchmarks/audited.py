@@ -2,14 +2,17 @@
 """The audit of right and of wrong engines: who is alarmed, and which mistake is named.
 
   python benchmarks/audited.py clean [--model DIR] [--runs 3]
+  python benchmarks/audited.py served [--model DIR] [--runs 3]
   python benchmarks/audited.py faults [--model DIR] [--dtype bfloat16] [--only NAME ...]
   python benchmarks/audited.py planted [--model DIR] [--dtype bfloat16] [--only NAME ...]
 
 clean: transformers (eager and sdpa) and our engines in bfloat16 and float32, on several texts; the
-paged engine is asked by `LLM.score`. faults: every mistake of the catalogue, in our own model.
-planted: the same in transformers (tests/support/broken_transformers.py). Each run judges 300 tokens
-by the log probabilities of these tokens alone. A mistake counts where it changes all the logits of
-these texts by more than 1.5 units.
+paged engine is asked by `LLM.score`. served: transformers behind a small server
+(tests/support/openai_server.py), asked over HTTP for texts and chats. faults: every mistake of the
+catalogue, in our own model. planted: the same in transformers
+(tests/support/broken_transformers.py). Each run judges 300 tokens by the log probabilities of these
+tokens alone. A mistake counts where it changes all the logits of these texts by more than 1.5
+units.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import random
 import runpy
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +37,8 @@ from minqwen.cli import EMBEDDED, Parser, run
 from minqwen.config import ModelConfig, RopeScaling
 from minqwen.errors import MinqwenError
 from minqwen.lab.audit.audit import Report, audit
+from minqwen.lab.audit.client import Endpoint
+from minqwen.lab.audit.endpoint import audit_endpoint
 from minqwen.lab.audit.evidence import Original
 from minqwen.lab.audit.forced import Report as Reported
 from minqwen.lab.audit.questions import TEXT
@@ -146,15 +152,44 @@ def clean_engines(
         yield f"ours, paged, {arithmetic}", of_engine(path, dtype, arithmetic, many)
 
 
+def clean_reports(original: Original, dtype: str, seed: int) -> Iterator[tuple[str, Report]]:
+    for name, records in clean_engines(original.path, dtype, texts(original, seed)):
+        yield name, audit(original, records, dtype)
+
+
+def served_reports(original: Original, dtype: str, seed: int) -> Iterator[tuple[str, Report]]:
+    """Of transformers behind a server, which is asked for texts and for chats."""
+    from transformers import Qwen2ForCausalLM
+
+    server = run_with_neighbours("openai_server.py")
+    words = TEXT.split()
+    random.Random(seed).shuffle(words)
+    for attention in ("eager", "sdpa"):
+        model = Qwen2ForCausalLM.from_pretrained(
+            original.path, dtype=DTYPES[dtype], attn_implementation=attention
+        )
+        engine = server["Engine"](lambda ids, model=model: model(ids).logits, original.tokenizer)
+        with server["served"](engine) as url:
+            report = audit_endpoint(Endpoint(url), original, dtype, text=" ".join(words))
+        yield f"transformers {attention}", report
+
+
+def run_with_neighbours(name: str) -> dict[str, Any]:
+    """A file of tests/support that imports others of it. Nothing imports tests."""
+    sys.path.insert(0, str(SUPPORT.parent))
+    try:
+        return runpy.run_path(str(SUPPORT / name))
+    finally:
+        sys.path.pop(0)
+
+
 def print_clean(args: argparse.Namespace) -> None:
     original = opened(args.model)
     alarms = runs = 0
     print(f"{'dtype':10}{'engine':24}{'text':>5}{'units':>8}{'99% interval':>18}  verdict")
     for dtype in DTYPES:
         for seed in range(args.runs):
-            many = texts(original, seed)
-            for name, records in clean_engines(original.path, dtype, many):
-                report = audit(original, records, dtype)
+            for name, report in args.reports(original, dtype, seed):
                 runs, alarms = runs + 1, alarms + (report.verdict != "agree")
                 interval = f"{report.low:.2f} to {report.high:.2f}"
                 row = f"{dtype:10}{name:24}{seed:5}{report.units:8.2f}{interval:>18}"
@@ -253,9 +288,10 @@ def row_of(wrong: str, size: float, report: Report) -> str:
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    clean = parser.add_command("clean", help="right engines")
-    clean.add_argument("--runs", type=int, default=3, help="texts of each engine")
-    clean.set_defaults(do=print_clean)
+    for name, reports in (("clean", clean_reports), ("served", served_reports)):
+        command = parser.add_command(name)
+        command.add_argument("--runs", type=int, default=3, help="texts of each engine")
+        command.set_defaults(do=print_clean, reports=reports)
     for name, engines in (("faults", of_catalogue), ("planted", of_second_implementation)):
         command = parser.add_command(name)
         command.set_defaults(do=print_wrong, engines=engines)

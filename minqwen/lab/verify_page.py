@@ -18,19 +18,20 @@ NOTHING = 1e-3  # a share of o_proj's columns below this counts as none
 
 # Also of the pages of diff and audit. --red is that of heat maps, which has an opacity.
 STYLE = """
-:root{color-scheme:light dark;--text:#1f2328;--dim:#57606a;--back:#fff;--panel:#f3f4f6;
+:root{color-scheme:light dark;font-size:clamp(15px,.62vw + 8px,24px);
+--text:#1f2328;--dim:#57606a;--back:#fff;--panel:#f3f4f6;
 --line:#d0d7de;--good:#1a7f37;--bad:#b42318;--red:180 35 24}
 @media (prefers-color-scheme:dark){:root{--text:#e6edf3;--dim:#9da7b3;--back:#0d1117;
 --panel:#21262d;--line:#3d444d;--good:#56d364;--bad:#ff7b72;--red:248 81 73}
 .live,.bad{color:#1f2328}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--text);background:var(--back);
-max-width:62rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.3rem}h2{font-size:1.05rem;margin-top:2rem}table{border-collapse:collapse}
+body{font:1rem/1.5 system-ui,sans-serif;color:var(--text);background:var(--back);
+max-width:68rem;margin:1.5rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse}
 th{text-align:left;font-weight:500;padding:.15rem .8rem .15rem 0;white-space:nowrap}
 td{padding:.15rem .5rem}small{color:var(--dim)}td,th{vertical-align:top}
 .map td{border:1px solid var(--line);text-align:center;min-width:1.6rem}
 .live{background:#ddf4e4}.new{background:var(--panel);color:var(--dim)}.bad{background:#ffd7d5}
-.heat td{width:1.1rem;min-width:1.1rem;height:1.1rem;padding:0;border:1px solid var(--line)}
+.heat td{width:1.25rem;min-width:1.25rem;height:1.25rem;padding:0;border:1px solid var(--line)}
 @media (max-width:40rem){th{white-space:normal}.heat th{font-size:.85rem;line-height:1.2}}
 """.strip()
 
@@ -166,12 +167,15 @@ def _heat_map(head_errors: list[list[float]]) -> list[str]:
 
 
 def strength(units: float, rounding: float = ROUNDING) -> float:
-    """The opacity of red, 0 to 1: none up to `rounding`, full at a million times that."""
+    """The opacity of red, 0 to 1: none up to `rounding`, full at 10,000 times that.
+
+    A fifth, which a projector still shows, just above `rounding`.
+    """
     if units <= rounding:
         return 0.0
     if not math.isfinite(units):
         return 1.0
-    return min(1.0, math.log10(units / rounding) / 6)
+    return min(1.0, 0.2 + 0.2 * math.log10(units / rounding))
 
 
 def _join(parts: Iterable[str]) -> str:

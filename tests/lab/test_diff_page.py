@@ -92,6 +92,14 @@ def test_the_page_shows_what_is_wrong_in_red(report):
     assert worst.index("'\\n' (7)") < worst.index("' <b>' (6)") < worst.index("'In' (5)")
 
 
+def test_heat_maps_name_their_columns_and_frame_the_first_wrong_operation(report):
+    text = as_html(report, "dump against pack", text_of)
+    framed = re.findall(r'<td class="first" title="([^"]*)"', text)
+    assert framed == ["layers.1.mlp.act: 8.2e3 units added, 900 in all, wrong"]
+    assert "MLP&#x27;s activation: mlp.act" in text and '<td class="most">8.2e3 units</td>' in text
+    assert "<th>In</th><th> &lt;b&gt;</th><th>\\n</th>" in text
+
+
 def test_the_page_needs_nothing_from_outside_and_nothing_in_it_is_run(report):
     text = as_html(report, "<script>alert(1)</script>", text_of)
     page = Page(text)

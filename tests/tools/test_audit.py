@@ -45,7 +45,7 @@ def test_a_right_engine_exits_with_0_and_a_wrong_one_with_1(model, tmp_path):
     assert told["verdict"] == "diverge" and told["explained_by"]["name"] == "yarn-off"
     assert told["units"] > told["low"] > 1.5 and len(told["tokens"]) == 300
     page = (tmp_path / "b.html").read_text()
-    assert "<strong>diverge</strong>" in page and "yarn-off" in page
+    assert "<strong>diverge</strong>" in page and FAULTS["yarn-off"].symptom in page
     assert "http" not in page and "<script" not in page  # nothing from outside
 
 

@@ -10,6 +10,7 @@ from minqwen.lab.audit.audit import Report, Token
 from minqwen.lab.audit.explain import Tried
 from minqwen.lab.audit.pairs import Pair
 from minqwen.lab.compare import ROUNDING
+from minqwen.lab.faults import FAULTS
 from minqwen.lab.verify_page import GREEN, RED, STYLE, VIEWPORT
 
 SHOWN = 8  # mistakes in the table
@@ -18,7 +19,8 @@ MOST_TOKENS = 2000  # on the page
 MORE_STYLE = """
 th{max-width:16rem;white-space:normal}td{padding:.15rem .8rem .15rem 0}
 td{font-variant-numeric:tabular-nums}
-.text{font-family:ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+.text{font-family:ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7}
+.says{font-size:1.1rem}
 """.strip()
 
 
@@ -44,7 +46,11 @@ def pair_as_text(pair: Pair) -> str:
 
 def facts(report: Report) -> list[tuple[str, str]]:
     """What was found, by name. Only what is known."""
-    found = [("verdict", report.verdict), ("claimed dtype", report.dtype)]
+    found: list[tuple[str, str]] = [("verdict", report.verdict)]
+    if report.explained_by is not None:
+        name = report.explained_by.name
+        found.append((name, FAULTS[name].symptom))
+    found.append(("claimed dtype", report.dtype))
     if report.offered:
         found.append(("asked for", f"{report.offered}, in {report.requests} requests"))
     texts = "1 text" if report.records == 1 else f"{report.records} texts"
@@ -99,7 +105,7 @@ def worst_rows(tokens: Sequence[Token]) -> list[tuple[str, ...]]:
         (
             f"text {token.record}, token {token.position}",
             repr(token.text),
-            f"{token.said:.4f} for {token.truth:.4f}",
+            f"{token.said:.4f}, truth {token.truth:.4f}",
             f"{token.units:.3g} units",
         )
         for token in tokens
@@ -131,7 +137,7 @@ def as_html(report: Report, title: str) -> str:
 
 
 def pair_as_html(pair: Pair, title: str) -> str:
-    parts = [head(title, pair.verdict), paragraph(pair.sentence), table(pair_facts(pair))]
+    parts = [head(title, pair.verdict), sentence(pair.sentence), table(pair_facts(pair))]
     for side, report in (("Trainer", pair.trainer), ("Rollout", pair.rollout)):
         parts += [f"<h1>{side}</h1>", *body(report)]
     return "\n".join(parts) + "\n"
@@ -147,7 +153,7 @@ def head(title: str, verdict: str) -> str:
 
 
 def body(report: Report) -> list[str]:
-    parts = [paragraph(report.sentence), table(facts(report))]
+    parts = [sentence(report.sentence), table(facts(report))]
     if report.tried:
         parts += [f"<h2>{nearest(report).capitalize()}</h2>", table(ranking(report))]
     if report.worst:
@@ -159,8 +165,8 @@ def body(report: Report) -> list[str]:
     return parts
 
 
-def paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+def sentence(text: str) -> str:
+    return f'<p class="says">{html.escape(text)}</p>'
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
@@ -196,6 +202,6 @@ def colored(token: Token) -> str:
 
 
 def strength(units: float) -> float:
-    """The opacity of red, 0 to 0.8: full at a thousand times what is white."""
+    """The opacity of red, full at 1,000 times what is white. On 0.6 of it a text can be read."""
     white = ROUNDING * 2
-    return 0.0 if not units > white else min(0.8, 0.1 + 0.7 * math.log10(units / white) / 3)
+    return 0.0 if not units > white else min(0.6, 0.15 + 0.15 * math.log10(units / white))

@@ -59,6 +59,7 @@ height:1.45rem;padding:0;border:1px solid var(--line);border-radius:.15rem;text-
 height:auto}.heat .sum{width:auto;padding:0 .4rem;font-size:.8em}
 .up{background:rgb(var(--up)/var(--p))}.down{background:rgb(var(--down)/var(--p))}
 .lens th{white-space:pre}.lens td{border-radius:.3rem;padding:.2rem .6rem;white-space:pre}
+.lens td small{color:inherit}
 .sides .heat td{width:.8rem;min-width:.8rem}.sides .heat{border-spacing:1px}
 details{border:1px solid var(--line);border-radius:.5rem;margin:.6rem 0;padding:0 1rem}
 summary{cursor:pointer;padding:.6rem 0;font-weight:600}summary span{font-weight:400}

@@ -9,7 +9,7 @@ implementations are apart on this machine.
 
 The threshold is 2 units (`POINT_ROUNDING`) for logits too, because another processor's kernels add
 up in other widths. A pack of the embedded model by the libraries' oldest code (no vector
-instructions, no fused multiply-add) came to 0.83 units in float64, 1.44 in native float32 and 1.11
+instructions, no fused multiply-add) came to 0.94 units in float64, 1.47 in native float32 and 1.02
 in native bfloat16 beside AVX-512, and to the same bits in exact arithmetic.
 """
 
