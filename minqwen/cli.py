@@ -26,7 +26,8 @@ from minqwen.model.kv_cache import KV_DTYPES
 from minqwen.parallel import Mesh
 
 ENGINE_FLAGS = (
-    *("max_model_len", "block_size", "gpu_memory_utilization", "max_num_seqs"),
+    *("max_model_len", "block_size", "num_blocks", "kv_cache_bytes"),
+    *("gpu_memory_utilization", "max_num_seqs"),
     *("max_num_batched_tokens", "enable_prefix_caching", "kv_cache_dtype"),
     *("trust_remote_code", "enforce_eager", "swap_space"),
 )
@@ -161,11 +162,13 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def engine_flags(parser: argparse.ArgumentParser) -> None:
-    """vLLM's flags of the engine. Those that are not given are not in the arguments."""
+    """LLM's options, most with vLLM's names. Those that are not given are not in the arguments."""
     group = parser.add_argument_group("engine", argument_default=argparse.SUPPRESS)
     add = group.add_argument
     add("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output")
     add("--block-size", type=int, metavar="N", help="tokens per block of the cache (default: 16)")
+    add("--num-blocks", type=int, metavar="N", help="of the cache (default: what fits)")
+    add("--kv-cache-bytes", type=int, metavar="N", help="of the cache, on each rank")
     add("--gpu-memory-utilization", type=float, metavar="X", help="share of a GPU (default: 0.9)")
     add("--max-num-seqs", type=int, metavar="N", help="most sequences of a step (default: 64)")
     add(

@@ -81,28 +81,30 @@ class Front:
     limits: Limits
     closing: bool = False
     open: set[Ticket] = field(default_factory=set)
+    prompts: int = 0  # of the open requests
 
     def enter(self, jobs: Sequence[Job]) -> Ticket:
         """Hand the jobs to the engine. Raises ApiError if too many are open already."""
         if self.closing:
             raise ApiError(503, "the server is ending: ask another one", code="ending")
-        running = sum(len(ticket.jobs) for ticket in self.open)
-        if running + len(jobs) > self.limits.requests:
+        if self.prompts + len(jobs) > self.limits.requests:
             raise ApiError(
                 429,
-                f"{running} prompts run or wait, and at most {self.limits.requests} may: "
+                f"{self.prompts} prompts run or wait, and at most {self.limits.requests} may: "
                 "come again later",
                 code="too_many_requests",
             )
         ticket = Ticket(jobs)
         self.open.add(ticket)
+        self.prompts += len(jobs)
         for job in jobs:
             self.loop.submit(job, ticket.tell)
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
         """The client has its answer, or has gone: what is unfinished ends at the next step."""
-        self.open.discard(ticket)
+        self.open.remove(ticket)
+        self.prompts -= len(ticket.jobs)
         for request_id in ticket.unfinished:
             self.loop.abort(request_id)
         ticket.unfinished.clear()

@@ -141,6 +141,8 @@ class EngineLoop:
             orders.aborts.extend(self._listeners)
             self._drop(list(self._listeners), message.error)
         elif isinstance(message, Abort):
+            if message.request_id in self._listeners:
+                self.metrics.aborted()
             orders.aborts.append(message.request_id)
             self._drop([message.request_id], message.error)
         elif message is not None:

@@ -39,6 +39,7 @@ class Metrics:
             "minqwen_time_per_token_seconds", "After the first token", buckets=PER_TOKEN, **at
         )
         self.steps = Counter("minqwen_steps", "Turns of the engine's loop", **at)
+        self.open = Gauge("minqwen_open", "Prompts whose clients wait or read", **at)
         at["labelnames"] = ["replica"]
         self.running = Gauge("minqwen_running", "Completions in the engine's steps", **at)
         self.waiting = Gauge("minqwen_waiting", "Completions that wait for blocks or a place", **at)
@@ -76,6 +77,10 @@ class Metrics:
         speed = metrics.tokens_per_second(len(output.outputs[0].token_ids))
         if speed and len(output.outputs) == 1:
             self.per_token.observe(1 / speed)
+
+    def aborted(self) -> None:
+        """A prompt has been dropped, because its client has gone."""
+        self.requests.labels("abort").inc()
 
     def failed(self) -> None:
         """A prompt has ended with an error."""

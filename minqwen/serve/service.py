@@ -51,6 +51,7 @@ class Service:
         self.metrics = Metrics()
         self.loop = EngineLoop(llm, self.metrics, self.limits.queue_seconds, seed=seed)
         self.front = Front(self.loop, self.limits)
+        self.metrics.open.set_function(lambda: self.front.prompts)
         self.created = int(time.time())
         self.vocab_size, self.max_model_len = llm.config.vocab_size, llm.max_model_len
 

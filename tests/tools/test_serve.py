@@ -62,6 +62,7 @@ def test_it_serves_until_it_is_told_to_end(embedded):
         (["--model", "nowhere"], "no such directory"),
         (["--tensor-parallel-size", "2"], "torchrun --nproc-per-node 2"),
         (["--block-size", "0"], "block_size"),
+        (["--num-blocks", "0"], "num_blocks"),
         (["--hots", "x"], "did you mean '--host'"),
     ],
 )
