@@ -276,5 +276,5 @@ def run(main: Callable[[], int | None]) -> None:
 def share_text(mesh: Mesh, text: str | None) -> str | None:
     """Rank 0's text on every rank. None, the end of input, is shared too."""
     raw = None if text is None else text.encode("utf-8", "surrogatepass")
-    shared = mesh.broadcast_bytes(raw, patient=True)  # rank 0 may wait for its user
+    shared = mesh.broadcast_bytes(raw)
     return None if shared is None else shared.decode("utf-8", "surrogatepass")

@@ -38,6 +38,7 @@ from minqwen.checks import optional_integer
 from minqwen.config import ModelConfig
 from minqwen.errors import ParallelError
 from minqwen.watch import FAREWELL, Watch
+from minqwen.watch import goes_on as goes_on  # the rooms above call it
 
 # How long a collective may take. A short time would end a chat whose user is thinking. The watch
 # notices a silent rank.
@@ -177,6 +178,7 @@ class Mesh:
         self._group: dist.ProcessGroup | None = None  # None: of all ranks
         self._post: dist.Store | None = None
         self._watch: Watch | None = None
+        self._joined_early = False
 
     @classmethod
     def from_env(
@@ -303,11 +305,26 @@ class Mesh:
 
     @contextlib.contextmanager
     def _joining(self, patient: bool = False) -> Iterator[None]:
-        if self._watch is not None:
-            self._watch.begin(patient, of_all=self._of_all)
+        if not self._joined_early:
+            self._begin(patient)
+        self._joined_early = False
         yield
         if self._watch is not None and self.device.type == "cpu":
             self._watch.finish()
+
+    def _begin(self, patient: bool = False) -> None:
+        if self._watch is not None:
+            self._watch.begin(patient, of_all=self._of_all)
+
+    def join_early(self) -> None:
+        """Count this rank, from now on, as one that has joined the next collective.
+
+        What it does until then may take for ever: it waits for its user, or for what the other
+        ranks leave in the post. Meanwhile it notices when another rank does not come.
+        """
+        if not self._alone() and not self._joined_early:
+            self._begin()
+            self._joined_early = True
 
     @property
     def _of_all(self) -> bool:
@@ -356,8 +373,9 @@ class Mesh:
     def broadcast(self, t: Tensor, src: int = 0, patient: bool = False) -> Tensor:
         """Rank `src`'s `t`; the others pass any tensor of its shape and dtype.
 
-        patient: the others wait however long `src` takes, because it waits for its user. Otherwise
-        a rank that does not come within the timeout ends the run.
+        patient: the others wait however long `src` takes, because it runs code of which nobody
+        knows how long it takes. Otherwise a rank that does not come within the timeout ends the
+        run. Where `src` waits for its user it calls `join_early`, and nobody need be patient.
         """
         if self._alone():
             return t
@@ -381,22 +399,6 @@ class Mesh:
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
-
-    @contextlib.contextmanager
-    def early_barrier(self) -> Iterator[None]:
-        """A barrier at which this rank has arrived before it does what is within.
-
-        What is within waits for the other ranks. Meanwhile the watch counts how late they are, as
-        in any collective, and notices one that never comes.
-        """
-        if self._alone():
-            yield
-            return
-        arrived = torch.zeros(1, device=self.device)
-        with self._joining():
-            yield
-            self._run(lambda: dist.all_reduce(arrived, group=self._group))
-            arrived.item()
 
     def post(self, name: str, data: bytes) -> None:
         """Leave bytes for whoever fetches them, without waiting. Only where there are replicas.

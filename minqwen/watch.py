@@ -29,10 +29,25 @@ NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
 MISSED = "left while it was still needed"
 TORCHRUN = -1  # stands for torchrun's own process where ranks are numbered
-LOADING = 1800  # seconds that a rank may be late at its first collective: it reads weights
+STARTING = 60  # seconds that a rank has at least to arrive, and from there to its first collective
 FAREWELL = 5  # seconds that a process which ends gives the others to say that they need it
 
 Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+class Progress:
+    """What this process does besides collectives, such as reading weights.
+
+    pieces: how many pieces of it are done. Each takes some seconds at most, so that who works
+    slowly is not taken for one who does nothing.
+    """
+
+    pieces = 0
+
+
+def goes_on() -> None:
+    """One more piece of work is done."""
+    Progress.pieces += 1
 
 
 class Process(NamedTuple):
@@ -51,7 +66,13 @@ class Word(NamedTuple):
     left: bool = False  # the rank ends of its own accord
     joined: int = 0  # how many collectives of its replica it has joined
     joined_all: int = 0  # how many of all ranks
+    pieces: int = 0  # how much other work it has done, as `goes_on` counts it
     place: str = ""  # where its main thread is: "file.py:12 in function"
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """What changes while the main thread goes on."""
+        return self.joined, self.joined_all, self.pieces
 
 
 class Awaited(NamedTuple):
@@ -74,11 +95,12 @@ class Watch(threading.Thread):
       store, with a count that it raises at every beat (at least once a second). When a peer's word
       has stood still for `timeout` seconds, the peer is lost. If it is on this node it is killed
       too, because torchrun would wait 30 s for it.
-    - A peer lives but does not join the collective in which this rank has waited for `timeout`
+    - A peer lives but does not go on to the collective in which this rank has waited for `timeout`
       seconds: it sleeps or runs in a circle in its own code. Words say how many collectives a rank
-      has joined. Of several peers that are behind, those that are furthest behind are to blame. A
-      peer that has not joined any yet may be reading weights, and has LOADING seconds. In a patient
-      collective a rank may wait for ever, as the others do while rank 0 waits for its user. Where
+      has joined, and how many pieces of other work it has done (`goes_on`). Of several peers that
+      are behind, those that are furthest behind are to blame. To its first collective a peer has
+      STARTING seconds at least. A rank that waits for its user counts as one that has joined
+      already (`Mesh.join_early`). In a patient collective a rank may wait for ever. Where
       there are several replicas (parallel.py), a rank that waits for all ranks waits for as long as
       the other replicas go on: their collectives are counted by themselves.
     - A peer ends of its own accord, for whatever reason. Its last word says so. That alone is no
@@ -97,8 +119,8 @@ class Watch(threading.Thread):
     name the reason. A main thread that is stuck in a collective cannot raise it, so this thread
     ends the process two seconds after the signal.
 
-    Raises ParallelError when a peer does not arrive within the timeout or within 60 s, whichever is
-    longer.
+    Raises ParallelError when a peer does not arrive within the timeout or within STARTING seconds,
+    whichever is longer.
     """
 
     def __init__(
@@ -128,11 +150,11 @@ class Watch(threading.Thread):
         self.lost: dict[int, str] = {}  # other peers that are gone, or torchrun, and what happened
         self.questions: dict[int, int] = {}  # of each thread: its unanswered question to the store
         self.asked = itertools.count()
-        self.peers = self._meet(max(timeout, 60))
+        self.peers = self._meet(max(timeout, STARTING))
         self.looked = time.monotonic()
         self.words = dict.fromkeys(self.peers, Word(-1))  # the last word of each peer ...
         self.heard = dict.fromkeys(self.peers, self.looked)  # ... when it was new ...
-        self.moved = dict.fromkeys(self.peers, self.looked)  # ... and when it joined a collective
+        self.moved = dict.fromkeys(self.peers, self.looked)  # ... and when it had gone on
         self.awaited: Awaited | None = None  # what this rank waits for ...
         self.awaited_since = self.looked  # ... and since when
         self.poll = select.poll()
@@ -243,7 +265,7 @@ class Watch(threading.Thread):
         self.beats += 1
         try:
             with self._asking():
-                own = Word(self.beats, self.leaving, self.joined, self.joined_all, _place())
+                own = self._own_word()
                 self.store.set(f"word/{self.rank}", json.dumps(own))
                 words = self.store.multi_get([f"word/{r}" for r in self.peers])
                 self.ended = self.store.check(["ended"])
@@ -252,6 +274,10 @@ class Watch(threading.Thread):
             return
         for r, word in zip(self.peers, words):
             self._hear(r, Word(*json.loads(word)), now)
+
+    def _own_word(self) -> Word:
+        collectives = self.joined, self.joined_all
+        return Word(self.beats, self.leaving, *collectives, Progress.pieces, _place())
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
@@ -288,7 +314,7 @@ class Watch(threading.Thread):
         before = self.words[r]
         if word.beats != before.beats:
             self.words[r], self.heard[r] = word, now
-        if (word.joined, word.joined_all) != (before.joined, before.joined_all):
+        if word.progress != before.progress:
             self.moved[r] = now
         if word.left:
             self.left.add(r)
@@ -330,8 +356,8 @@ class Watch(threading.Thread):
             return
         for r in awaited.peers:
             word = self.words[r]
-            loading = word.joined == word.joined_all == 0
-            patience = max(self.timeout, LOADING) if loading else self.timeout
+            starting = not any(word.progress)
+            patience = max(self.timeout, STARTING) if starting else self.timeout
             if now - max(self.awaited_since, self.moved[r]) > patience:
                 self.lost.setdefault(
                     r,

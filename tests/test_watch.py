@@ -188,8 +188,10 @@ if mesh.rank == 1:
 mesh.barrier()
 for turn in range(2):
     if mesh.rank == 0:
+        if turn:
+            mesh.join_early()
         time.sleep(4)  # its user thinks
-    mesh.broadcast(torch.ones(1), patient=True)
+    mesh.broadcast(torch.ones(1), patient=turn == 0)
 os.write(1, b"done\\n")
 """
 
@@ -197,6 +199,31 @@ os.write(1, b"done\\n")
 def test_a_rank_may_be_late_at_first_and_while_its_user_thinks():
     done = forked(2, LATE, env={"MINQWEN_TIMEOUT": "1"})
     assert done.returncode == 0 and done.stdout == "done\ndone\n" and "error" not in done.stderr
+
+
+STUCK = """
+import os, sys, time
+from minqwen.parallel import Mesh, goes_on
+mesh = Mesh.from_env("cpu")
+if mesh.rank == 1:
+    goes_on()  # it has read some of its weights
+    print(os.getpid(), flush=True)
+    while True:
+        pass
+if sys.argv[1] == "early":
+    mesh.join_early()
+    time.sleep(10**6)  # its user thinks
+mesh.barrier()
+"""
+
+
+@pytest.mark.parametrize("how", ["in the collective", "early"])
+def test_a_rank_that_stops_loading_is_named_also_while_the_user_thinks(how):
+    done = forked(2, STUCK, [how], env={"MINQWEN_TIMEOUT": "2"})
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    reason = "has not joined the others for 2 s (it is busy at snippet.py:"
+    assert error.startswith(f"error: rank 1 of 2 (pid {int(done.stdout)}) {reason}")
+    assert done.returncode != 0
 
 
 def test_ctrl_c_is_quiet():

@@ -269,6 +269,7 @@ class Conversation:
         """What the user types; None at the end of input. Ctrl-C drops the line."""
         if not is_first_rank():
             return None
+        self.llm.mesh.world.join_early()  # its user may think
         try:
             return input("> ")
         except KeyboardInterrupt:
