@@ -26,6 +26,7 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,13 +37,15 @@ from torch import Tensor
 
 from minqwen.checks import optional_integer
 from minqwen.config import ModelConfig
-from minqwen.errors import ParallelError
+from minqwen.errors import ParallelError, is_first_rank
 from minqwen.watch import FAREWELL, Watch
 from minqwen.watch import goes_on as goes_on  # the rooms above call it
 
 # How long a collective may take. A short time would end a chat whose user is thinking. The watch
 # notices a silent rank.
 PATIENCE = timedelta(days=1)
+CONNECTING = timedelta(seconds=20)  # to torchrun's store, which is there before the ranks are
+ANSWERING = timedelta(minutes=5)  # of that store; the watch is less patient
 PARCEL = 4 << 20  # bytes; torchrun's store takes no more than 8 MiB at once
 SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
@@ -241,11 +244,11 @@ class Mesh:
             _bind_to_loopback()
         else:
             _bind_towards(os.environ.get("MASTER_ADDR", "localhost"))
-        watched, grouped = self._store("watch"), self._store("group")
+        watched, grouped = _store("watch"), _store("group")
         node = _env_number("GROUP_RANK", 0)
         self._watch = Watch(self.rank, self.size, timeout, watched, node, ranks_of_replica)
         if ranks_of_replica < self.size:
-            self._post = self._store("post")
+            self._post = _store("post")
         atexit.register(self.close, at_exit=True)
         try:
             self._start_group(grouped)
@@ -284,19 +287,6 @@ class Mesh:
                 f"WORLD_SIZE is {self.size}, but torchrun's store is missing: "
                 "start the ranks with torchrun"
             )
-
-    def _store(self, user: str) -> dist.Store:
-        """A new connection to torchrun's store. Each user, after each restart, has its own keys."""
-        host, port = os.environ.get("MASTER_ADDR", "localhost"), _env_number("MASTER_PORT", 29500)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        try:
-            store = dist.TCPStore(host, port, is_master=False)
-        except RuntimeError as error:
-            raise ParallelError(
-                f"rank {self.rank} cannot reach torchrun's store at {host}:{port}: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-        return dist.PrefixStore(f"minqwen/{attempt}/{user}", store)
 
     def _join(self, collective: Callable[[], object], patient: bool = False) -> None:
         """One collective, counted: the watch names a rank that does not join it."""
@@ -434,6 +424,45 @@ class Mesh:
 
 
 SINGLE = Mesh()
+
+
+def says_why_it_ends() -> bool:
+    """Whether this process, which fails before it has met the other ranks, is the one to say why.
+
+    Rank 0 is. Another one is if rank 0 does not fail too, within some seconds.
+    """
+    first = is_first_rank()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return first
+    try:
+        failures, watched = _store("failures"), _store("watch")
+    except ParallelError:
+        return first
+    if first:
+        failures.set("0", "")
+        watched.add("ended", 1)
+        return True
+    deadline = time.monotonic() + FAREWELL
+    while time.monotonic() < deadline and not watched.check(["who/0"]):
+        if failures.check(["0"]):
+            return False
+        time.sleep(0.02)
+    return watched.add("ended", 1) == 1
+
+
+def _store(user: str) -> dist.Store:
+    """A new connection to torchrun's store. Each user, after each restart, has its own keys."""
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), _env_number("MASTER_PORT", 29500)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=CONNECTING)
+        store.set_timeout(ANSWERING)
+    except RuntimeError as error:
+        raise ParallelError(
+            f"rank {_env_number('RANK', 0)} cannot reach torchrun's store at {host}:{port} "
+            f"({str(error).splitlines()[0]}): is the port another program's?"
+        ) from None
+    return dist.PrefixStore(f"minqwen/{attempt}/{user}", store)
 
 
 def _ranks_of_replica(ranks: int, wanted: int | None) -> int:

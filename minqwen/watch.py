@@ -24,10 +24,11 @@ import torch.distributed as dist
 
 from minqwen.errors import ParallelError
 from minqwen.files import printable
+from minqwen.interrupts import SIGNALS, terminate
 
 NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
-MISSED = "left while it was still needed"
+MISSED = "left while it was still needed (by sys.exit, or at the end of its script)"
 TORCHRUN = -1  # stands for torchrun's own process where ranks are numbered
 STARTING = 60  # seconds that a rank has at least to arrive, and from there to its first collective
 FAREWELL = 5  # seconds that a process which ends gives the others to say that they need it
@@ -173,17 +174,41 @@ class Watch(threading.Thread):
 
     def _meet(self, patience: float) -> dict[int, Process]:
         """Waits until every rank has written who it is. Returns each peer's process."""
-        self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space(), self.node]))
-        self.store.set(f"word/{self.rank}", json.dumps(Word()))
         deadline = time.monotonic() + patience
         peers = [r for r in range(self.size) if r != self.rank]
-        for r in peers:
-            if not self._arrives(r, deadline):
-                raise ParallelError(
-                    f"rank {r} of {self.size} did not arrive within {patience:g} s: see "
-                    "its messages, or set MINQWEN_TIMEOUT (seconds) higher"
-                )
+        with self._sigterm_is_explained(peers):
+            self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space(), self.node]))
+            self.store.set(f"word/{self.rank}", json.dumps(Word()))
+            for r in peers:
+                if not self._arrives(r, deadline):
+                    raise ParallelError(
+                        f"rank {r} of {self.size} did not arrive within {patience:g} s: see "
+                        "its messages, or set MINQWEN_TIMEOUT (seconds) higher"
+                    )
         return {r: Process(*json.loads(self.store.get(f"who/{r}"))) for r in peers}
+
+    @contextlib.contextmanager
+    def _sigterm_is_explained(self, peers: list[int]) -> Iterator[None]:
+        """When a rank fails before it has arrived, torchrun ends those that wait for it."""
+
+        def explain(number: int, frame: FrameType | None) -> NoReturn:
+            missing = [r for r in peers if not self.store.check([f"who/{r}"])]
+            if missing and self.store.add("ended", 1) == 1:
+                os.write(2, f"error: {self._never_arrived(missing)}: all ranks stop\n".encode())
+            terminate(number, frame)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, explain)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _never_arrived(self, missing: list[int]) -> str:
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {self.size}"
+        return f"{ranks} had not arrived when SIGTERM came (torchrun sends it when a rank fails)"
 
     def _arrives(self, r: int, deadline: float) -> bool:
         """Waits until rank r has written to the store. (store.wait would hold up signals.)"""
@@ -210,9 +235,10 @@ class Watch(threading.Thread):
         replaced: dict[signal.Signals, Handler] = {}
         if threading.current_thread() is not threading.main_thread():
             return replaced  # Python lets no other thread do this
-        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+        self.woken = signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+        free = (signal.SIG_DFL, signal.default_int_handler, terminate)
+        for number in SIGNALS:
+            if signal.getsignal(number) in free:
                 replaced[number] = signal.signal(number, _unwind)
         return replaced
 
@@ -325,7 +351,7 @@ class Watch(threading.Thread):
             if self.pidfds[r] in ready:
                 self.poll.unregister(self.pidfds[r])
                 if r not in self.left:
-                    self.lost[r] = DIED
+                    self.lost[r] = _how_it_ended(self.peers[r].pid)
 
     def _note_silent(self, now: float) -> None:
         """A peer is lost when its word stands still. After a failed collective, 5 s are enough."""
@@ -500,6 +526,8 @@ class Watch(threading.Thread):
         """Tells the others that this rank leaves, waits up to `linger` seconds for them to leave
         too, and stops watching. If a peer is lost meanwhile, this process ends."""
         self.leaving = True
+        with contextlib.suppress(OSError, ValueError):  # this process may end without doing it
+            sys.stdout.flush()
         os.write(self.wake, b"\0")
         self.join()
         self._look(0)  # this writes the last word
@@ -507,15 +535,18 @@ class Watch(threading.Thread):
             self._wait_for_others(time.monotonic() + linger)
         self.gone.set()
         if self.handlers and threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self.woken)
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
 
     def _wait_for_others(self, deadline: float) -> None:
-        """Until all have left or, if somebody has printed the line, no longer."""
+        """Until all have left. If somebody has printed the line, this rank does not end as if all
+        were well."""
         while not self.lost and self.left != self.peers.keys() and time.monotonic() < deadline:
+            if self.ended and self.failing:
+                return  # its status says so already
             if self.ended:
-                return
+                self._end()
             self._look(0.02)
         if self.lost:
             self._end()
@@ -524,7 +555,23 @@ class Watch(threading.Thread):
 def _unwind(number: int, frame: FrameType | None) -> NoReturn:
     """Ends the main thread, after the watch has had time to name the reason."""
     time.sleep(0.5)
-    raise SystemExit(128 + number)
+    terminate(number, frame)
+
+
+def _how_it_ended(pid: int) -> str:
+    """What happened to a process of this node that has just ended.
+
+    The kernel knows its status until its parent has asked for it, which torchrun soon does.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            status = int(file.read().rsplit(None, 1)[1])
+    except (OSError, ValueError, IndexError):
+        return DIED
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"{DIED[:4]} (it ended with status {code}, and said nothing)"
+    return f"died ({signal.Signals(-code).name}: killed, crashed or out of memory)"
 
 
 def _place() -> str:

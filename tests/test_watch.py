@@ -58,10 +58,19 @@ def run(
     )
 
 
-def test_a_killed_rank_ends_all():
-    end = run(torchrun, 3, 0, "os.kill(os.getpid(), signal.SIGKILL)")
-    reason = "died (killed, crashed or out of memory)"
-    assert end.errors == [f"error: rank 0 of 3 (pid {end.pid}) {reason}: all ranks stop"]
+@pytest.mark.parametrize(
+    ("deed", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL: killed, crashed or out of memory"),
+        ("os._exit(3)", "it ended with status 3, and said nothing"),
+    ],
+)
+def test_a_rank_that_dies_ends_all(deed, reason):
+    end = run(torchrun, 3, 0, deed)
+    # torchrun may have asked for the status first: then nobody else learns it.
+    reason = rf"died \(({reason}|killed, crashed or out of memory)\)"
+    [error] = end.errors
+    assert re.fullmatch(rf"error: rank 0 of 3 \(pid {end.pid}\) {reason}: all ranks stop", error)
     assert end.code != 0 and not end.tracebacks
 
 
@@ -88,9 +97,12 @@ def test_a_rank_that_is_stopped_for_less_than_the_timeout_is_waited_for():
     assert end.code == 0 and not end.errors and not end.tracebacks
 
 
+LEFT = "left while it was still needed (by sys.exit, or at the end of its script)"
+
+
 def test_a_rank_that_leaves_early_ends_all():
     end = run(forked, 2, 1, "sys.exit(0)")
-    reason = "left while it was still needed"
+    reason = LEFT
     assert end.errors == [f"error: rank 1 of 2 (pid {end.pid}) {reason}: all ranks stop"]
     assert end.code != 0 and not end.tracebacks
 
@@ -104,7 +116,7 @@ STOP = "all ranks stop"
 
 def test_a_rank_that_exits_with_a_status_ends_all():
     end = run(torchrun, 3, 1, "sys.exit(3)")
-    assert end.errors == [f"error: {name(1, 3, end)} left while it was still needed: {STOP}"]
+    assert end.errors == [f"error: {name(1, 3, end)} {LEFT}: {STOP}"]
     assert end.code != 0 and not end.tracebacks
 
 
@@ -160,6 +172,57 @@ def test_a_mistake_that_cli_run_reports_is_one_line_whoever_makes_it(ranks):
     said = rf"rank [{ranks}] of 2 \(pid \d+\) raised CheckpointError: the file is damaged: {STOP}"
     assert re.fullmatch(f"error: {said}", error)
     assert done.returncode != 0 and "[rank" not in done.stderr
+
+
+EARLY = """
+import atexit, json, os, signal, sys
+from torch.distributed import TCPStore
+from minqwen.cli import run
+from minqwen.errors import CheckpointError
+from minqwen.parallel import Mesh
+
+def end_rank_0():
+    # What torchrun does when it sees that rank 1 has failed.
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    who = json.loads(store.get("minqwen/0/watch/who/0"))  # once rank 0 has arrived
+    os.kill(who[0], signal.SIGTERM)
+
+def main():
+    rank, deed = os.environ["RANK"], sys.argv[1]
+    if rank == "1":
+        print(os.getpid(), flush=True)
+        if deed == "exit":
+            end_rank_0()
+            os._exit(3)
+        if deed != "all":
+            atexit.register(end_rank_0)
+        raise KeyError("x") if deed == "error" else CheckpointError("the file is damaged")
+    if deed == "all":
+        raise CheckpointError("the file is damaged")
+    Mesh.from_env("cpu")
+
+run(main)
+"""
+
+
+SIGTERM = "had not arrived when SIGTERM came (torchrun sends it when a rank fails)"
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        ("mistake", "rank 1 of 2 (pid PID): the file is damaged"),
+        ("error", "rank 1 of 2 (pid PID): it raised KeyError: 'x'"),
+        ("exit", f"rank 1 of 2 {SIGTERM}: all ranks stop"),
+        ("all", "rank 0 of 2 (pid 0): the file is damaged"),
+    ],
+)
+def test_a_rank_that_fails_before_it_has_met_the_others_is_named(deed, said):
+    done = forked(2, EARLY, [deed], timeout=100)
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = said.replace("PID", done.stdout.strip())
+    assert re.sub(r"rank 0 of 2 \(pid \d+", "rank 0 of 2 (pid 0", error) == "error: " + said
+    assert done.returncode != 0
 
 
 @pytest.mark.parametrize(
