@@ -19,11 +19,12 @@ import torch.distributed as dist
 from minqwen.checkpoint.embedded import EMBEDDED as EMBEDDED  # tools import it from here
 from minqwen.checks import did_you_mean
 from minqwen.commands import as_called_here, forget_tools
-from minqwen.errors import MinqwenError, is_first_rank, one_line
+from minqwen.errors import MinqwenError, kind_and_words, one_line
 from minqwen.files import read_text
 from minqwen.heads.layout import RECIPES
+from minqwen.interrupts import end_on_signals
 from minqwen.model.kv_cache import KV_DTYPES
-from minqwen.parallel import Mesh
+from minqwen.parallel import Mesh, says_why_it_ends
 
 ENGINE_FLAGS = (
     *("max_model_len", "block_size", "num_blocks", "kv_cache_bytes"),
@@ -236,14 +237,20 @@ def read_flag(flag: str, path: str | Path) -> str:
 
 
 def say_mistake(text: str) -> None:
-    """One line about a user's mistake, on stderr, from rank 0.
+    """One line about a user's mistake, on stderr, from one rank.
 
     Every rank tells torchrun: if another is faster, torchrun may end rank 0 before it speaks.
     """
     text = one_line(as_called_here(text))  # argparse quotes what was typed
-    if is_first_rank():
-        print(f"error: {text}", file=sys.stderr, flush=True)
     tell_torchrun(f"error: {text}")
+    if says_why_it_ends():
+        print(f"error: {own_name()}{text}", file=sys.stderr, flush=True)
+
+
+def own_name() -> str:
+    """Which rank this process is, to begin a line with; "" where it is the only one."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return f"rank {os.environ.get('RANK', '0')} of {size} (pid {os.getpid()}): " * (size != "1")
 
 
 def tell_torchrun(line: str) -> None:
@@ -261,8 +268,12 @@ def tell_torchrun(line: str) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2."""
+    """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2.
+
+    After Ctrl-C it is 130, after SIGTERM 143, and what is finished is written.
+    """
     forget_tools()
+    end_on_signals()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
     try:
         sys.exit(main())
@@ -278,10 +289,14 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        if own_name() and not dist.is_initialized():
+            say_mistake(f"it raised {kind_and_words(error)}")
+        raise
 
 
 def share_text(mesh: Mesh, text: str | None) -> str | None:
     """Rank 0's text on every rank. None, the end of input, is shared too."""
     raw = None if text is None else text.encode("utf-8", "surrogatepass")
-    shared = mesh.broadcast_bytes(raw, patient=True)  # rank 0 may wait for its user
+    shared = mesh.broadcast_bytes(raw)
     return None if shared is None else shared.decode("utf-8", "surrogatepass")

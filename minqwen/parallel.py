@@ -26,6 +26,7 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,12 +37,15 @@ from torch import Tensor
 
 from minqwen.checks import optional_integer
 from minqwen.config import ModelConfig
-from minqwen.errors import ParallelError
+from minqwen.errors import ParallelError, is_first_rank
 from minqwen.watch import FAREWELL, Watch
+from minqwen.watch import goes_on as goes_on  # the rooms above call it
 
 # How long a collective may take. A short time would end a chat whose user is thinking. The watch
 # notices a silent rank.
 PATIENCE = timedelta(days=1)
+CONNECTING = timedelta(seconds=20)  # to torchrun's store, which is there before the ranks are
+ANSWERING = timedelta(minutes=5)  # of that store; the watch is less patient
 PARCEL = 4 << 20  # bytes; torchrun's store takes no more than 8 MiB at once
 SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
@@ -177,6 +181,7 @@ class Mesh:
         self._group: dist.ProcessGroup | None = None  # None: of all ranks
         self._post: dist.Store | None = None
         self._watch: Watch | None = None
+        self._joined_early = False
 
     @classmethod
     def from_env(
@@ -239,11 +244,11 @@ class Mesh:
             _bind_to_loopback()
         else:
             _bind_towards(os.environ.get("MASTER_ADDR", "localhost"))
-        watched, grouped = self._store("watch"), self._store("group")
+        watched, grouped = _store("watch"), _store("group")
         node = _env_number("GROUP_RANK", 0)
         self._watch = Watch(self.rank, self.size, timeout, watched, node, ranks_of_replica)
         if ranks_of_replica < self.size:
-            self._post = self._store("post")
+            self._post = _store("post")
         atexit.register(self.close, at_exit=True)
         try:
             self._start_group(grouped)
@@ -283,19 +288,6 @@ class Mesh:
                 "start the ranks with torchrun"
             )
 
-    def _store(self, user: str) -> dist.Store:
-        """A new connection to torchrun's store. Each user, after each restart, has its own keys."""
-        host, port = os.environ.get("MASTER_ADDR", "localhost"), _env_number("MASTER_PORT", 29500)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        try:
-            store = dist.TCPStore(host, port, is_master=False)
-        except RuntimeError as error:
-            raise ParallelError(
-                f"rank {self.rank} cannot reach torchrun's store at {host}:{port}: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-        return dist.PrefixStore(f"minqwen/{attempt}/{user}", store)
-
     def _join(self, collective: Callable[[], object], patient: bool = False) -> None:
         """One collective, counted: the watch names a rank that does not join it."""
         with self._joining(patient):
@@ -303,11 +295,26 @@ class Mesh:
 
     @contextlib.contextmanager
     def _joining(self, patient: bool = False) -> Iterator[None]:
-        if self._watch is not None:
-            self._watch.begin(patient, of_all=self._of_all)
+        if not self._joined_early:
+            self._begin(patient)
+        self._joined_early = False
         yield
         if self._watch is not None and self.device.type == "cpu":
             self._watch.finish()
+
+    def _begin(self, patient: bool = False) -> None:
+        if self._watch is not None:
+            self._watch.begin(patient, of_all=self._of_all)
+
+    def join_early(self) -> None:
+        """Count this rank, from now on, as one that has joined the next collective.
+
+        What it does until then may take for ever: it waits for its user, or for what the other
+        ranks leave in the post. Meanwhile it notices when another rank does not come.
+        """
+        if not self._alone() and not self._joined_early:
+            self._begin()
+            self._joined_early = True
 
     @property
     def _of_all(self) -> bool:
@@ -356,8 +363,9 @@ class Mesh:
     def broadcast(self, t: Tensor, src: int = 0, patient: bool = False) -> Tensor:
         """Rank `src`'s `t`; the others pass any tensor of its shape and dtype.
 
-        patient: the others wait however long `src` takes, because it waits for its user. Otherwise
-        a rank that does not come within the timeout ends the run.
+        patient: the others wait however long `src` takes, because it runs code of which nobody
+        knows how long it takes. Otherwise a rank that does not come within the timeout ends the
+        run. Where `src` waits for its user it calls `join_early`, and nobody need be patient.
         """
         if self._alone():
             return t
@@ -381,22 +389,6 @@ class Mesh:
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
-
-    @contextlib.contextmanager
-    def early_barrier(self) -> Iterator[None]:
-        """A barrier at which this rank has arrived before it does what is within.
-
-        What is within waits for the other ranks. Meanwhile the watch counts how late they are, as
-        in any collective, and notices one that never comes.
-        """
-        if self._alone():
-            yield
-            return
-        arrived = torch.zeros(1, device=self.device)
-        with self._joining():
-            yield
-            self._run(lambda: dist.all_reduce(arrived, group=self._group))
-            arrived.item()
 
     def post(self, name: str, data: bytes) -> None:
         """Leave bytes for whoever fetches them, without waiting. Only where there are replicas.
@@ -432,6 +424,45 @@ class Mesh:
 
 
 SINGLE = Mesh()
+
+
+def says_why_it_ends() -> bool:
+    """Whether this process, which fails before it has met the other ranks, is the one to say why.
+
+    Rank 0 is. Another one is if rank 0 does not fail too, within some seconds.
+    """
+    first = is_first_rank()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return first
+    try:
+        failures, watched = _store("failures"), _store("watch")
+    except ParallelError:
+        return first
+    if first:
+        failures.set("0", "")
+        watched.add("ended", 1)
+        return True
+    deadline = time.monotonic() + FAREWELL
+    while time.monotonic() < deadline and not watched.check(["who/0"]):
+        if failures.check(["0"]):
+            return False
+        time.sleep(0.02)
+    return watched.add("ended", 1) == 1
+
+
+def _store(user: str) -> dist.Store:
+    """A new connection to torchrun's store. Each user, after each restart, has its own keys."""
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), _env_number("MASTER_PORT", 29500)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=CONNECTING)
+        store.set_timeout(ANSWERING)
+    except RuntimeError as error:
+        raise ParallelError(
+            f"rank {_env_number('RANK', 0)} cannot reach torchrun's store at {host}:{port} "
+            f"({str(error).splitlines()[0]}): is the port another program's?"
+        ) from None
+    return dist.PrefixStore(f"minqwen/{attempt}/{user}", store)
 
 
 def _ranks_of_replica(ranks: int, wanted: int | None) -> int:

@@ -24,15 +24,31 @@ import torch.distributed as dist
 
 from minqwen.errors import ParallelError
 from minqwen.files import printable
+from minqwen.interrupts import SIGNALS, terminate
 
 NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
-MISSED = "left while it was still needed"
+MISSED = "left while it was still needed (by sys.exit, or at the end of its script)"
 TORCHRUN = -1  # stands for torchrun's own process where ranks are numbered
-LOADING = 1800  # seconds that a rank may be late at its first collective: it reads weights
+STARTING = 60  # seconds that a rank has at least to arrive, and from there to its first collective
 FAREWELL = 5  # seconds that a process which ends gives the others to say that they need it
 
 Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+class Progress:
+    """What this process does besides collectives, such as reading weights.
+
+    pieces: how many pieces of it are done. Each takes some seconds at most, so that who works
+    slowly is not taken for one who does nothing.
+    """
+
+    pieces = 0
+
+
+def goes_on() -> None:
+    """One more piece of work is done."""
+    Progress.pieces += 1
 
 
 class Process(NamedTuple):
@@ -51,7 +67,13 @@ class Word(NamedTuple):
     left: bool = False  # the rank ends of its own accord
     joined: int = 0  # how many collectives of its replica it has joined
     joined_all: int = 0  # how many of all ranks
+    pieces: int = 0  # how much other work it has done, as `goes_on` counts it
     place: str = ""  # where its main thread is: "file.py:12 in function"
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """What changes while the main thread goes on."""
+        return self.joined, self.joined_all, self.pieces
 
 
 class Awaited(NamedTuple):
@@ -74,11 +96,12 @@ class Watch(threading.Thread):
       store, with a count that it raises at every beat (at least once a second). When a peer's word
       has stood still for `timeout` seconds, the peer is lost. If it is on this node it is killed
       too, because torchrun would wait 30 s for it.
-    - A peer lives but does not join the collective in which this rank has waited for `timeout`
+    - A peer lives but does not go on to the collective in which this rank has waited for `timeout`
       seconds: it sleeps or runs in a circle in its own code. Words say how many collectives a rank
-      has joined. Of several peers that are behind, those that are furthest behind are to blame. A
-      peer that has not joined any yet may be reading weights, and has LOADING seconds. In a patient
-      collective a rank may wait for ever, as the others do while rank 0 waits for its user. Where
+      has joined, and how many pieces of other work it has done (`goes_on`). Of several peers that
+      are behind, those that are furthest behind are to blame. To its first collective a peer has
+      STARTING seconds at least. A rank that waits for its user counts as one that has joined
+      already (`Mesh.join_early`). In a patient collective a rank may wait for ever. Where
       there are several replicas (parallel.py), a rank that waits for all ranks waits for as long as
       the other replicas go on: their collectives are counted by themselves.
     - A peer ends of its own accord, for whatever reason. Its last word says so. That alone is no
@@ -97,8 +120,8 @@ class Watch(threading.Thread):
     name the reason. A main thread that is stuck in a collective cannot raise it, so this thread
     ends the process two seconds after the signal.
 
-    Raises ParallelError when a peer does not arrive within the timeout or within 60 s, whichever is
-    longer.
+    Raises ParallelError when a peer does not arrive within the timeout or within STARTING seconds,
+    whichever is longer.
     """
 
     def __init__(
@@ -128,11 +151,11 @@ class Watch(threading.Thread):
         self.lost: dict[int, str] = {}  # other peers that are gone, or torchrun, and what happened
         self.questions: dict[int, int] = {}  # of each thread: its unanswered question to the store
         self.asked = itertools.count()
-        self.peers = self._meet(max(timeout, 60))
+        self.peers = self._meet(max(timeout, STARTING))
         self.looked = time.monotonic()
         self.words = dict.fromkeys(self.peers, Word(-1))  # the last word of each peer ...
         self.heard = dict.fromkeys(self.peers, self.looked)  # ... when it was new ...
-        self.moved = dict.fromkeys(self.peers, self.looked)  # ... and when it joined a collective
+        self.moved = dict.fromkeys(self.peers, self.looked)  # ... and when it had gone on
         self.awaited: Awaited | None = None  # what this rank waits for ...
         self.awaited_since = self.looked  # ... and since when
         self.poll = select.poll()
@@ -151,17 +174,41 @@ class Watch(threading.Thread):
 
     def _meet(self, patience: float) -> dict[int, Process]:
         """Waits until every rank has written who it is. Returns each peer's process."""
-        self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space(), self.node]))
-        self.store.set(f"word/{self.rank}", json.dumps(Word()))
         deadline = time.monotonic() + patience
         peers = [r for r in range(self.size) if r != self.rank]
-        for r in peers:
-            if not self._arrives(r, deadline):
-                raise ParallelError(
-                    f"rank {r} of {self.size} did not arrive within {patience:g} s: see "
-                    "its messages, or set MINQWEN_TIMEOUT (seconds) higher"
-                )
+        with self._sigterm_is_explained(peers):
+            self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space(), self.node]))
+            self.store.set(f"word/{self.rank}", json.dumps(Word()))
+            for r in peers:
+                if not self._arrives(r, deadline):
+                    raise ParallelError(
+                        f"rank {r} of {self.size} did not arrive within {patience:g} s: see "
+                        "its messages, or set MINQWEN_TIMEOUT (seconds) higher"
+                    )
         return {r: Process(*json.loads(self.store.get(f"who/{r}"))) for r in peers}
+
+    @contextlib.contextmanager
+    def _sigterm_is_explained(self, peers: list[int]) -> Iterator[None]:
+        """When a rank fails before it has arrived, torchrun ends those that wait for it."""
+
+        def explain(number: int, frame: FrameType | None) -> NoReturn:
+            missing = [r for r in peers if not self.store.check([f"who/{r}"])]
+            if missing and self.store.add("ended", 1) == 1:
+                os.write(2, f"error: {self._never_arrived(missing)}: all ranks stop\n".encode())
+            terminate(number, frame)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, explain)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _never_arrived(self, missing: list[int]) -> str:
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {self.size}"
+        return f"{ranks} had not arrived when SIGTERM came (torchrun sends it when a rank fails)"
 
     def _arrives(self, r: int, deadline: float) -> bool:
         """Waits until rank r has written to the store. (store.wait would hold up signals.)"""
@@ -188,9 +235,10 @@ class Watch(threading.Thread):
         replaced: dict[signal.Signals, Handler] = {}
         if threading.current_thread() is not threading.main_thread():
             return replaced  # Python lets no other thread do this
-        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+        self.woken = signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+        free = (signal.SIG_DFL, signal.default_int_handler, terminate)
+        for number in SIGNALS:
+            if signal.getsignal(number) in free:
                 replaced[number] = signal.signal(number, _unwind)
         return replaced
 
@@ -243,7 +291,7 @@ class Watch(threading.Thread):
         self.beats += 1
         try:
             with self._asking():
-                own = Word(self.beats, self.leaving, self.joined, self.joined_all, _place())
+                own = self._own_word()
                 self.store.set(f"word/{self.rank}", json.dumps(own))
                 words = self.store.multi_get([f"word/{r}" for r in self.peers])
                 self.ended = self.store.check(["ended"])
@@ -252,6 +300,10 @@ class Watch(threading.Thread):
             return
         for r, word in zip(self.peers, words):
             self._hear(r, Word(*json.loads(word)), now)
+
+    def _own_word(self) -> Word:
+        collectives = self.joined, self.joined_all
+        return Word(self.beats, self.leaving, *collectives, Progress.pieces, _place())
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
@@ -288,7 +340,7 @@ class Watch(threading.Thread):
         before = self.words[r]
         if word.beats != before.beats:
             self.words[r], self.heard[r] = word, now
-        if (word.joined, word.joined_all) != (before.joined, before.joined_all):
+        if word.progress != before.progress:
             self.moved[r] = now
         if word.left:
             self.left.add(r)
@@ -299,7 +351,7 @@ class Watch(threading.Thread):
             if self.pidfds[r] in ready:
                 self.poll.unregister(self.pidfds[r])
                 if r not in self.left:
-                    self.lost[r] = DIED
+                    self.lost[r] = _how_it_ended(self.peers[r].pid)
 
     def _note_silent(self, now: float) -> None:
         """A peer is lost when its word stands still. After a failed collective, 5 s are enough."""
@@ -330,8 +382,8 @@ class Watch(threading.Thread):
             return
         for r in awaited.peers:
             word = self.words[r]
-            loading = word.joined == word.joined_all == 0
-            patience = max(self.timeout, LOADING) if loading else self.timeout
+            starting = not any(word.progress)
+            patience = max(self.timeout, STARTING) if starting else self.timeout
             if now - max(self.awaited_since, self.moved[r]) > patience:
                 self.lost.setdefault(
                     r,
@@ -474,6 +526,8 @@ class Watch(threading.Thread):
         """Tells the others that this rank leaves, waits up to `linger` seconds for them to leave
         too, and stops watching. If a peer is lost meanwhile, this process ends."""
         self.leaving = True
+        with contextlib.suppress(OSError, ValueError):  # this process may end without doing it
+            sys.stdout.flush()
         os.write(self.wake, b"\0")
         self.join()
         self._look(0)  # this writes the last word
@@ -481,15 +535,18 @@ class Watch(threading.Thread):
             self._wait_for_others(time.monotonic() + linger)
         self.gone.set()
         if self.handlers and threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self.woken)
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
 
     def _wait_for_others(self, deadline: float) -> None:
-        """Until all have left or, if somebody has printed the line, no longer."""
+        """Until all have left. If somebody has printed the line, this rank does not end as if all
+        were well."""
         while not self.lost and self.left != self.peers.keys() and time.monotonic() < deadline:
+            if self.ended and self.failing:
+                return  # its status says so already
             if self.ended:
-                return
+                self._end()
             self._look(0.02)
         if self.lost:
             self._end()
@@ -498,7 +555,23 @@ class Watch(threading.Thread):
 def _unwind(number: int, frame: FrameType | None) -> NoReturn:
     """Ends the main thread, after the watch has had time to name the reason."""
     time.sleep(0.5)
-    raise SystemExit(128 + number)
+    terminate(number, frame)
+
+
+def _how_it_ended(pid: int) -> str:
+    """What happened to a process of this node that has just ended.
+
+    The kernel knows its status until its parent has asked for it, which torchrun soon does.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            status = int(file.read().rsplit(None, 1)[1])
+    except (OSError, ValueError, IndexError):
+        return DIED
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"{DIED[:4]} (it ended with status {code}, and said nothing)"
+    return f"died ({signal.Signals(-code).name}: killed, crashed or out of memory)"
 
 
 def _place() -> str:

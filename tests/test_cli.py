@@ -195,7 +195,7 @@ class Swallows(importlib.abc.MetaPathFinder):
                 print("swallowed", flush=True)
 
 sys.meta_path.insert(0, Swallows())
-sys.argv = ["{tool}", "--help"]
+sys.argv = [r"{path}", "--help"]
 import runpy
 runpy.run_path(r"{path}", run_name="__main__")
 """
@@ -204,14 +204,67 @@ runpy.run_path(r"{path}", run_name="__main__")
 TOOLS = sorted(path.name for path in (ROOT / "tools").iterdir() if path.name[0] not in "._")
 
 
+def interrupted_import(program) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SWALLOWED.format(path=program)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_ctrl_c_while_torch_is_imported_ends_a_tool(tool):
-    code = SWALLOWED.format(tool=tool, path=ROOT / "tools" / tool)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    """At once: nothing is there to swallow it."""
+    done = interrupted_import(ROOT / "tools" / tool)
+    assert (done.stdout, done.stderr) == ("", "") and done.returncode == -signal.SIGINT
+
+
+def test_ctrl_c_while_torch_is_imported_is_an_exception_in_a_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import minqwen")
+    done = interrupted_import(script)
     assert done.stdout == "swallowed\n" and done.stderr.endswith("KeyboardInterrupt\n")
     assert done.returncode == -signal.SIGINT
+
+
+ENDINGS = """
+import os, signal, sys, time
+from minqwen.cli import run
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def quick():
+    signal.raise_signal(number)
+    time.sleep(10**6)
+
+def stubborn():
+    while True:
+        try:
+            quick()
+        except BaseException:
+            time.sleep(10**6)
+
+for main in (quick, stubborn):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        pid = os.fork()
+        if pid == 0:
+            run(main)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def test_ctrl_c_and_sigterm_end_a_tool_that_swallows_them_too():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ENDINGS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.stdout.split(), done.stderr) == (["130", "143"] * 2, "")
+
+
+def test_a_rank_obeys_ctrl_c_where_a_shells_background_job_ignores_it():
+    """torchrun obeys it there, and passes it on."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import minqwen; "
+    code += "assert signal.getsignal(signal.SIGINT) == signal.default_int_handler"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "x"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])

@@ -12,8 +12,8 @@ from support.paths import ROOT
 
 # From the bottom to the top. A room imports itself and the rooms before it.
 ROOMS = [
-    ["interrupts"],
     ["commands"],
+    ["interrupts"],
     ["errors"],
     ["files"],
     ["checks"],

@@ -58,10 +58,19 @@ def run(
     )
 
 
-def test_a_killed_rank_ends_all():
-    end = run(torchrun, 3, 0, "os.kill(os.getpid(), signal.SIGKILL)")
-    reason = "died (killed, crashed or out of memory)"
-    assert end.errors == [f"error: rank 0 of 3 (pid {end.pid}) {reason}: all ranks stop"]
+@pytest.mark.parametrize(
+    ("deed", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL: killed, crashed or out of memory"),
+        ("os._exit(3)", "it ended with status 3, and said nothing"),
+    ],
+)
+def test_a_rank_that_dies_ends_all(deed, reason):
+    end = run(torchrun, 3, 0, deed)
+    # torchrun may have asked for the status first: then nobody else learns it.
+    reason = rf"died \(({reason}|killed, crashed or out of memory)\)"
+    [error] = end.errors
+    assert re.fullmatch(rf"error: rank 0 of 3 \(pid {end.pid}\) {reason}: all ranks stop", error)
     assert end.code != 0 and not end.tracebacks
 
 
@@ -88,9 +97,12 @@ def test_a_rank_that_is_stopped_for_less_than_the_timeout_is_waited_for():
     assert end.code == 0 and not end.errors and not end.tracebacks
 
 
+LEFT = "left while it was still needed (by sys.exit, or at the end of its script)"
+
+
 def test_a_rank_that_leaves_early_ends_all():
     end = run(forked, 2, 1, "sys.exit(0)")
-    reason = "left while it was still needed"
+    reason = LEFT
     assert end.errors == [f"error: rank 1 of 2 (pid {end.pid}) {reason}: all ranks stop"]
     assert end.code != 0 and not end.tracebacks
 
@@ -104,7 +116,7 @@ STOP = "all ranks stop"
 
 def test_a_rank_that_exits_with_a_status_ends_all():
     end = run(torchrun, 3, 1, "sys.exit(3)")
-    assert end.errors == [f"error: {name(1, 3, end)} left while it was still needed: {STOP}"]
+    assert end.errors == [f"error: {name(1, 3, end)} {LEFT}: {STOP}"]
     assert end.code != 0 and not end.tracebacks
 
 
@@ -162,6 +174,57 @@ def test_a_mistake_that_cli_run_reports_is_one_line_whoever_makes_it(ranks):
     assert done.returncode != 0 and "[rank" not in done.stderr
 
 
+EARLY = """
+import atexit, json, os, signal, sys
+from torch.distributed import TCPStore
+from minqwen.cli import run
+from minqwen.errors import CheckpointError
+from minqwen.parallel import Mesh
+
+def end_rank_0():
+    # What torchrun does when it sees that rank 1 has failed.
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    who = json.loads(store.get("minqwen/0/watch/who/0"))  # once rank 0 has arrived
+    os.kill(who[0], signal.SIGTERM)
+
+def main():
+    rank, deed = os.environ["RANK"], sys.argv[1]
+    if rank == "1":
+        print(os.getpid(), flush=True)
+        if deed == "exit":
+            end_rank_0()
+            os._exit(3)
+        if deed != "all":
+            atexit.register(end_rank_0)
+        raise KeyError("x") if deed == "error" else CheckpointError("the file is damaged")
+    if deed == "all":
+        raise CheckpointError("the file is damaged")
+    Mesh.from_env("cpu")
+
+run(main)
+"""
+
+
+SIGTERM = "had not arrived when SIGTERM came (torchrun sends it when a rank fails)"
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        ("mistake", "rank 1 of 2 (pid PID): the file is damaged"),
+        ("error", "rank 1 of 2 (pid PID): it raised KeyError: 'x'"),
+        ("exit", f"rank 1 of 2 {SIGTERM}: all ranks stop"),
+        ("all", "rank 0 of 2 (pid 0): the file is damaged"),
+    ],
+)
+def test_a_rank_that_fails_before_it_has_met_the_others_is_named(deed, said):
+    done = forked(2, EARLY, [deed], timeout=100)
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = said.replace("PID", done.stdout.strip())
+    assert re.sub(r"rank 0 of 2 \(pid \d+", "rank 0 of 2 (pid 0", error) == "error: " + said
+    assert done.returncode != 0
+
+
 @pytest.mark.parametrize(
     "size, victim, deed, place",
     [
@@ -188,8 +251,10 @@ if mesh.rank == 1:
 mesh.barrier()
 for turn in range(2):
     if mesh.rank == 0:
+        if turn:
+            mesh.join_early()
         time.sleep(4)  # its user thinks
-    mesh.broadcast(torch.ones(1), patient=True)
+    mesh.broadcast(torch.ones(1), patient=turn == 0)
 os.write(1, b"done\\n")
 """
 
@@ -197,6 +262,31 @@ os.write(1, b"done\\n")
 def test_a_rank_may_be_late_at_first_and_while_its_user_thinks():
     done = forked(2, LATE, env={"MINQWEN_TIMEOUT": "1"})
     assert done.returncode == 0 and done.stdout == "done\ndone\n" and "error" not in done.stderr
+
+
+STUCK = """
+import os, sys, time
+from minqwen.parallel import Mesh, goes_on
+mesh = Mesh.from_env("cpu")
+if mesh.rank == 1:
+    goes_on()  # it has read some of its weights
+    print(os.getpid(), flush=True)
+    while True:
+        pass
+if sys.argv[1] == "early":
+    mesh.join_early()
+    time.sleep(10**6)  # its user thinks
+mesh.barrier()
+"""
+
+
+@pytest.mark.parametrize("how", ["in the collective", "early"])
+def test_a_rank_that_stops_loading_is_named_also_while_the_user_thinks(how):
+    done = forked(2, STUCK, [how], env={"MINQWEN_TIMEOUT": "2"})
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    reason = "has not joined the others for 2 s (it is busy at snippet.py:"
+    assert error.startswith(f"error: rank 1 of 2 (pid {int(done.stdout)}) {reason}")
+    assert done.returncode != 0
 
 
 def test_ctrl_c_is_quiet():

@@ -1,4 +1,4 @@
-"""Torchrun is gone: the rank that says so stays until its neighbours have noticed it too.
+"""What a rank makes of its peers: who goes on, and who must still notice that torchrun is gone.
 
 The ranks are pipes: a process that ends is a pipe whose other end is closed. Nothing waits for the
 clock.
@@ -6,13 +6,15 @@ clock.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import select
 
 import pytest
 
 from minqwen import watch
-from minqwen.watch import NEVER, TORCHRUN, Process, Watch
+from minqwen.watch import NEVER, TORCHRUN, Process, Watch, Word
 
 
 class Exited(Exception):
@@ -100,3 +102,80 @@ def test_a_peer_that_is_lost_or_has_left_is_not_waited_for(ranks, monkeypatch):
     )
     with pytest.raises(Exited):
         rank.run()
+
+
+class Words:
+    """A store: of each beat the word of the one peer."""
+
+    def __init__(self, words):
+        self.words, self.beats, self.own = iter(words), 0, []
+
+    def set(self, key, value):
+        self.own.append(json.loads(value))
+
+    def multi_get(self, keys):
+        self.beats += 1
+        return [json.dumps(next(self.words)._replace(beats=self.beats))]
+
+    def check(self, keys):
+        return False
+
+    def add(self, key, number):
+        return 1
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """(the words of rank 1, the rest of rank 0's state) -> the line with which rank 0 ends, or ""
+    if it watches until there are no more words. It waits in its second collective, and looks once
+    a second; the timeout is 8 s."""
+
+    def watch_until_the_end(words, capfd, **state):
+        clock = [100.0]
+        monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(watch.signal, "pidfd_send_signal", lambda *_: None)
+
+        def leave(status):
+            raise Exited(status)
+
+        class Quiet:
+            def poll(self, milliseconds):
+                clock[0] += milliseconds / 1000
+                return []
+
+        monkeypatch.setattr(watch.os, "_exit", leave)
+        rank = object.__new__(Watch)
+        vars(rank).update(
+            rank=0, size=2, node=0, beat=1.0, timeout=8.0, leaving=False, failing=False,
+            ended=False, peers={1: Process(101, "here", 0)}, pidfds={}, poll=Quiet(), waker=-1,
+            looked=100.0, left=set(), lost={}, words={1: Word(-1)}, heard={1: 100.0},
+            moved={1: 100.0}, waiting=True, patient=False, awaited=None, awaited_since=100.0,
+            exit_at=NEVER, failed_at=NEVER, store=Words(words), questions={}, beats=0,
+            asked=itertools.count(), joined=2, joined_all=0, of_all=False, ranks_of_replica=2,
+        )  # fmt: skip
+        vars(rank).update(state)
+        with pytest.raises((Exited, StopIteration)):
+            rank.run()
+        return capfd.readouterr().err, clock[0] - 100
+
+    return watch_until_the_end
+
+
+def test_who_reads_weights_is_waited_for_and_who_stops_reading_is_not(waiting, capfd):
+    reads = [Word(joined=1, pieces=i // 6) for i in range(60)]
+    assert waiting(reads, capfd) == ("", 61)
+    stops = [*reads, *[Word(joined=1, pieces=9, place="x.py:3 in f")] * 20]
+    line, seconds = waiting(stops, capfd)
+    assert "rank 1 of 2 (pid 101) has not joined the others for 8 s" in line
+    assert "(it is busy at x.py:3 in f): all ranks stop" in line and 60 < seconds < 65
+
+
+def test_before_its_first_piece_of_work_a_rank_has_a_minute(waiting, capfd):
+    line, seconds = waiting([Word()] * 200, capfd)
+    assert "has not joined the others for 60 s" in line and 60 <= seconds < 63
+
+
+def test_whoever_counts_as_joined_early_is_not_blamed(waiting, capfd):
+    thinks = [Word(joined=2, pieces=9)] * 200
+    assert waiting(thinks, capfd) == ("", 201)

@@ -51,7 +51,7 @@ SAMPLING_FLAGS = (
 CHAT_COMMANDS = ("/help", "/clear", "/system", "/quit")
 CHAT_HELP = """/clear         forget what was said, but not the system message
 /system TEXT   start again with this system message; without TEXT, with the template's own
-/quit          end the conversation; so does Ctrl-D
+/quit          end the conversation; so does Ctrl-D, and Ctrl-C while nothing is answered
 /help          this list"""
 
 
@@ -266,14 +266,15 @@ class Conversation:
                 self.answer(line)
 
     def read_line(self) -> str | None:
-        """What the user types; None at the end of input. Ctrl-C drops the line."""
+        """What the user types; None at the end of input. Ctrl-C ends the program."""
         if not is_first_rank():
             return None
+        self.llm.mesh.world.join_early()  # its user may think
         try:
             return input("> ")
-        except KeyboardInterrupt:
-            print("\n(/quit, or Ctrl-D, ends the conversation)", file=sys.stderr)
-            return ""
+        except (KeyboardInterrupt, SystemExit):
+            print(file=sys.stderr)
+            raise
         except EOFError:
             print(file=sys.stderr)
             return None
@@ -327,12 +328,15 @@ class Conversation:
         Under torchrun this changes nothing: Ctrl-C reaches torchrun too, which ends all ranks.
         """
         self.interrupted = False
-        before = signal.getsignal(signal.SIGINT)
-        if self.interruptible:
-            signal.signal(signal.SIGINT, self.interrupt)
+        if not self.interruptible:
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self.interrupt)
+        watched = signal.set_wakeup_fd(-1)  # or the process would end with the answer
         try:
             yield
         finally:
+            signal.set_wakeup_fd(watched)
             signal.signal(signal.SIGINT, before)
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:

@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help="a name by which clients may call a server on loopback; repeatable",
     )
-    add("--grace", type=float, default=30, metavar="S", help="seconds to finish in (default: 30)")
+    add("--grace", type=float, default=3, metavar="S", help="seconds to finish in (default: 3)")
     limits = parser.add_argument_group("limits")
     for flag, what in LIMITS.items():
         default = getattr(Limits, flag)
@@ -144,8 +144,9 @@ def main() -> int:
         return 0
     fingerprint = system_fingerprint(digest.result(), llm.config, args.arithmetic, llm.model.dtype)
     service = Service(llm, args.served_model_name, limits, fingerprint, args.seed)
-    serve(service, listener, api_key=args.api_key, hosts=args.allowed_host, grace=args.grace)
-    return 0
+    hosts = args.allowed_host
+    came = serve(service, listener, api_key=args.api_key, hosts=hosts, grace=args.grace)
+    return 128 + came if came else 0  # as a shell counts the ends by signals
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from minqwen.checkpoint.weight_files import (
 from minqwen.config import ModelConfig
 from minqwen.errors import CheckpointError
 from minqwen.files import MAX_HEADER, and_more, check_regular, opened, parse_json, quoted
-from minqwen.parallel import Shard
+from minqwen.parallel import Shard, goes_on
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -238,6 +238,7 @@ class WeightDirectory:
             with self._opened(stored.file) as handle:
                 view = handle.get_slice(stored.name)
                 yield row - start, view[(slice(row, min(row + rows, stop)), *columns)]
+            goes_on()
 
     def _count_not_finite(self, stored: StoredTensor) -> tuple[int, int]:
         """How many values are NaN, and how many infinite."""

@@ -57,15 +57,14 @@ class Relay:
 
         On rank 0 it yields the `missing` outputs of the other replicas, as they come.
         """
-        if not self.receives:
-            self.mesh.world.barrier()
-            return
-        with self.mesh.world.early_barrier():
+        if self.receives:
+            self.mesh.world.join_early()
             while missing:
                 found = self.received()
                 missing -= len(found)
                 yield found
                 time.sleep(0 if found else PAUSE)
+        self.mesh.world.barrier()
 
     def share(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """Rank 0's outputs, on every rank."""

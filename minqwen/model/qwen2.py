@@ -32,7 +32,15 @@ from minqwen.model.inputs import check_batch, check_ids, check_mask, context_war
 from minqwen.model.kv_cache import Int8KVCache, KVCache
 from minqwen.model.rope import table_length
 from minqwen.model.trace import UNTRACED, Tap, run_with_hooks
-from minqwen.parallel import SINGLE, Mesh, Shard, kv_heads_per_rank, shard, vocab_rows_per_rank
+from minqwen.parallel import (
+    SINGLE,
+    Mesh,
+    Shard,
+    goes_on,
+    kv_heads_per_rank,
+    shard,
+    vocab_rows_per_rank,
+)
 
 ARITHMETICS: dict[str, type[Native]] = {
     "native": Native,
@@ -334,6 +342,7 @@ class Qwen2(nn.Module):
                 for linears in module.by_input():
                     if all(linear.is_here for linear in linears):
                         self.ops.prepare(linears, self.mesh)
+                        goes_on()
         return self
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:

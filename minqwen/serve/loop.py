@@ -122,6 +122,8 @@ class EngineLoop:
         """What has come in since the last turn; None at the end. Waits while nothing runs."""
         orders = Orders([], [])
         wait = not self._listeners
+        if wait:  # the other ranks wait with this one, however long it takes
+            self.llm.mesh.world.join_early()
         while True:
             try:
                 message = self._inbox.get(block=wait)

@@ -24,7 +24,7 @@ from minqwen.serve.errors import ApiError
 from minqwen.serve.service import Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AFTER_GRACE = 5  # seconds in which the last answers leave, once the engine has ended them
+AFTER_GRACE = 1  # second in which the last answers leave, once the engine has ended them
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -110,16 +110,17 @@ def serve(
     *,
     api_key: str | None = None,
     hosts: Sequence[str] = (),
-    grace: float = 30,
-) -> None:
+    grace: float = 3,
+) -> int | None:
     """Serve until SIGTERM or Ctrl-C, on rank 0, in the main thread. A second signal ends at once.
 
+    Returns the number of the signal that came.
     hosts: names by which clients may call a server on loopback, besides those of loopback.
     """
     allowed = [*LOOPBACK, *hosts] if is_loopback(listener) or hosts else ["*"]
     app = make_app(service, api_key, allowed)
     server = Server(service, app, listener, grace)
-    with signals_end(server):
+    with signals_end(server) as came:
         server.start()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -132,11 +133,15 @@ def serve(
         finally:
             server.end()
             server.join()
+    return came[0] if came else None
 
 
 @contextlib.contextmanager
-def signals_end(server: Server) -> Iterator[None]:
-    """The first signal lets the server end, a second one raises KeyboardInterrupt."""
+def signals_end(server: Server) -> Iterator[list[int]]:
+    """The first signal lets the server end, a second one raises KeyboardInterrupt.
+
+    Yields a list in which the number of the first one will be.
+    """
     came: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -149,7 +154,7 @@ def signals_end(server: Server) -> Iterator[None]:
     # Under torchrun the watch reads signals here, and ends the process two seconds after one.
     watched = signal.set_wakeup_fd(-1)
     try:
-        yield
+        yield came
     finally:
         signal.set_wakeup_fd(watched)
         for number, handler in before.items():

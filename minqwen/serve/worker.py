@@ -39,13 +39,8 @@ class Worker:
         self._new: dict[str, Request] = {}  # of which no delta has come yet
 
     def share(self, data: bytes | None) -> bytes | None:
-        """Rank 0's orders, on every rank; None at the end.
-
-        Rank 0 may let the others wait while there is nothing to do. With several replicas only it
-        knows when that is.
-        """
-        patient = not self.llm.has_unfinished_requests or self.mesh.replicas > 1
-        return self.mesh.world.broadcast_bytes(data, patient=patient)
+        """Rank 0's orders, on every rank; None at the end."""
+        return self.mesh.world.broadcast_bytes(data)
 
     def turn(self, orders: Orders) -> list[Report]:
         """Carry out orders and make a step. Returns the replicas' reports, to rank 0."""

@@ -60,6 +60,7 @@ class ChatRenderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._end_process: Callable[[], object] = _nothing
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """The rendered text. Whatever else the template did is a TokenizerError of one line."""
@@ -88,8 +89,7 @@ class ChatRenderer:
             # Without a whole reply the process is dead, or this thread was interrupted. Then the
             # reply must not come later, as the answer to another request.
             if not reply.endswith(b"\n"):
-                self._process = None
-                _end(process)
+                self._end_process()
         if reply.endswith(b"\n"):
             parsed: dict[str, str] = json.loads(reply)
             return parsed
@@ -97,9 +97,15 @@ class ChatRenderer:
 
     def _running_process(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
+            self._end_process()  # somebody may have killed it: its pipes are still open
             self._process = _start()
-            weakref.finalize(self, _end, self._process)
+            # It also runs when nobody has this renderer any more. A second call does nothing.
+            self._end_process = weakref.finalize(self, _end, self._process)
         return self._process
+
+
+def _nothing() -> None:
+    """There is no process to end yet."""
 
 
 def _start() -> subprocess.Popen[bytes]:

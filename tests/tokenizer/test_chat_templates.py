@@ -260,6 +260,20 @@ def test_an_interrupted_render_leaves_no_stale_answer():
 
 
 @POSIX
+def test_renderers_that_are_killed_leave_no_file_open():
+    me = psutil.Process()
+    others = me.children()
+    renderer, process = started_renderer()
+    before = me.num_fds()
+    for _ in range(5):
+        process.kill()
+        process.wait()
+        assert renderer.render("x", {}) == "x"
+        (process,) = (child for child in me.children() if child not in others)
+    assert me.num_fds() == before
+
+
+@POSIX
 def test_a_killed_parent_leaves_no_process():
     code = (
         "import os, psutil, signal\n"

@@ -26,7 +26,7 @@ from minqwen.serve.fingerprint import system_fingerprint, weights_digest
 
 def test_it_serves_until_it_is_told_to_end(embedded):
     """SIGTERM in the midst of a stream: the stream comes to its end, and so does the process."""
-    command = [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", "0"]
+    command = [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", "0", "--grace", "60"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MINQWEN_API_KEY": "sesame"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -41,7 +41,7 @@ def test_it_serves_until_it_is_told_to_end(embedded):
                 process.send_signal(signal.SIGTERM)
                 *_, last = [line for line in lines if line]
         assert last == "data: [DONE]"
-        assert process.wait(120) == 0 and process.stderr.read() == ""
+        assert process.wait(120) == 128 + signal.SIGTERM and process.stderr.read() == ""
     finally:
         process.kill()
     config = Checkpoint(embedded).config

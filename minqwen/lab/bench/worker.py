@@ -90,11 +90,16 @@ def requests(worker: Worker) -> Any:
     """What there is to do, on every rank, until the lines end."""
     world = worker.mesh.world
     while True:
-        line = sys.stdin.readline().encode() if world.rank == 0 else None
-        shared = world.broadcast_bytes(line, patient=True)
+        shared = world.broadcast_bytes(next_line(world) if world.rank == 0 else None)
         if not shared:
             return
         yield json.loads(shared)
+
+
+def next_line(world: Mesh) -> bytes:
+    """From whoever started this process, however long it takes."""
+    world.join_early()
+    return sys.stdin.readline().encode()
 
 
 def work(setup: dict[str, Any], out: TextIO | None) -> None:
