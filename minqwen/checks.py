@@ -14,13 +14,15 @@ from numbers import Integral, Real
 from typing import Any
 
 from minqwen.errors import ConfigError, MinqwenError
-from minqwen.files import printable, quoted
+from minqwen.files import printable
+from minqwen.files import quoted as quoted  # the model's room takes it from here
 
 ErrorClass = type[MinqwenError]
 # Every dtype that weights and caches can have, under torch's name.
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 MAX_TOKEN_ID = 2**31 - 1  # far beyond any vocabulary, and what every reader can hold
 MAX_TOKEN_IDS = 100_000  # in one list
+LONGEST_WORD = 100  # that is compared with others: for a megabyte that takes seconds
 MAX_INTEGER = 2**63 - 1  # what torch and JSON readers in other languages can hold
 
 
@@ -165,6 +167,8 @@ def dtype_name(where: str, value: Any, *, error: ErrorClass = ConfigError) -> st
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """ "; did you mean 'exact'?" if one of the choices is close to the word, else ""."""
+    if len(word) > LONGEST_WORD:
+        return ""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -62,6 +62,8 @@ def quoted(value: object, most: int = 200) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # more than 4,300 digits, or levels
         text = f"a {type(value).__name__} that is too long to show"
+    except Exception:  # of the object itself
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

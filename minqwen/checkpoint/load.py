@@ -15,7 +15,7 @@ from minqwen.checkpoint.quantised import PackedWeights
 from minqwen.checkpoint.reader import Checkpoint
 from minqwen.checkpoint.weight_files import DTYPES
 from minqwen.checkpoint.words import Keeper
-from minqwen.checks import did_you_mean, refuse_unknown_arguments
+from minqwen.checks import did_you_mean, quoted, refuse_unknown_arguments
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
 from minqwen.model import ARITHMETICS, Exact, Fast, Native, Qwen2
@@ -113,7 +113,7 @@ def check_options(
     offload: str | None = None,
 ) -> None:
     """Raise ConfigError for a value that `load_pretrained` cannot take. Opens no file."""
-    if dtype != "auto":
+    if not _is_auto(dtype):
         _dtype_named(dtype)
     if device is not None:
         _check_device(device)
@@ -125,11 +125,16 @@ def check_options(
 
 def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
     """ "auto" is the checkpoint's own; else a name or a torch dtype. Raises ConfigError."""
-    return _dtype_named(config.dtype if dtype == "auto" else dtype)
+    return _dtype_named(config.dtype if _is_auto(dtype) else dtype)
+
+
+def _is_auto(dtype: str | torch.dtype) -> bool:
+    return isinstance(dtype, str) and dtype == "auto"
 
 
 def _dtype_named(dtype: str | torch.dtype) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
+    name = dtype if isinstance(dtype, str) else quoted(dtype)
+    name = name.removeprefix("torch.")
     _check_choice("dtype", name, ["auto", *DTYPES])
     return DTYPES[name]
 
@@ -138,11 +143,12 @@ def _check_device(device: torch.device | str) -> None:
     """Refuse what torch does not know, and a GPU that this machine does not have."""
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         # "cpu" would be closest to "gpu" in spelling.
-        gpu = str(device).lower().startswith("gpu")
-        meant = "; did you mean 'cuda'?" if gpu else did_you_mean(str(device), ["cpu", "cuda"])
-        raise ConfigError(f"device is {device!r}, expected 'cpu' or 'cuda'{meant}") from None
+        shown = quoted(device, 100)
+        gpu = shown.strip("'").lower().startswith("gpu")
+        meant = "; did you mean 'cuda'?" if gpu else did_you_mean(shown, ["cpu", "cuda"])
+        raise ConfigError(f"device is {shown}, expected 'cpu' or 'cuda'{meant}") from None
     if found.type != "cuda":
         return
     # torch keeps the index in 8 bits with a sign: that of "cuda:999" is negative.
@@ -154,11 +160,15 @@ def _check_device(device: torch.device | str) -> None:
 
 
 def _check_choice(option: str, value: str, choices: list[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         names = " or ".join(map(repr, choices)).replace("'None'", "None")
         raise ConfigError(
-            f"{option} is {value!r}, expected {names}{did_you_mean(str(value), choices)}"
+            f"{option} is {quoted(value, 100)}, expected {names}{_meant(value, choices)}"
         )
+
+
+def _meant(value: object, choices: list[str]) -> str:
+    return did_you_mean(value, choices) if isinstance(value, str) else ""
 
 
 # ---- reading ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minqwen.checkpoint.embedded import EMBEDDED
-from minqwen.checks import is_integer, optional_integer
+from minqwen.checks import boolean, is_integer, optional_integer
 from minqwen.config import ModelConfig
 from minqwen.engine.arguments import refuse_keywords, warn_of_idle, without_vllm_of_calls
 from minqwen.engine.blocks import BlockPool
@@ -35,6 +35,7 @@ from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, size_cache
 from minqwen.errors import MinqwenError, RequestError, SamplingError
+from minqwen.files import quoted
 from minqwen.model import Qwen2
 from minqwen.model.trace import Hook, Names, select, select_hooks
 from minqwen.parallel import Mesh
@@ -237,6 +238,7 @@ class LLM:
         the outputs come on rank 0 only, and all ranks must read to the end, which comes for all at
         the same time. Raises MinqwenError for what cannot be served, before anything is computed.
         """
+        boolean("use_tqdm", use_tqdm, error=SamplingError)
         prompts = [prompts] if is_prompt(prompts) else list(prompts)
         params = spread(sampling_params, len(prompts))
         requests = [
@@ -280,7 +282,7 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> Iterator[Delta]:
         """The same with everything that is known of each token; the last delta has the output."""
-        if sampling_params is not None and sampling_params.n != 1:
+        if isinstance(sampling_params, SamplingParams) and sampling_params.n != 1:
             raise SamplingError("n is more than 1: a stream is one completion")
         request_id = self.add_request(prompt, sampling_params, **options)
         mailbox = self._mailboxes[request_id] = []
@@ -318,10 +320,13 @@ class LLM:
         """
         options = without_vllm_of_calls(options)
         check_chat_options(options)
-        many = bool(messages) and isinstance(messages[0], (list, tuple))
+        many = is_conversations(messages)
         conversations: Any = messages if many else [messages]
         tokenizer = self._need_tokenizer("chat")
-        ids = [tokenizer.encode_chat(chat, **options) for chat in conversations]
+        ids = [
+            tokenizer.encode_chat(chat, check_fewest=self._check_fewest, **options)
+            for chat in conversations
+        ]
         prompts = [{"prompt_token_ids": i, "prompt": tokenizer.decode(i)} for i in ids]
         return self.generate(
             prompts,
@@ -375,6 +380,8 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """Drop a request, free its blocks, forget what is new of it. Unknown ids are no error."""
+        if not isinstance(request_id, str):
+            return
         if self._core is not None:
             self._core.abort(request_id)
         for deltas in (self._unread, self._mailboxes.pop(request_id, [])):
@@ -431,11 +438,18 @@ class LLM:
         read = read_prompt(prompt)
         cache_salt = cache_salt if read.salt is None else read.salt
         if cache_salt is not None and not isinstance(cache_salt, str):
-            raise SamplingError(f"cache_salt is {cache_salt!r}: expected None or a string")
+            raise SamplingError(
+                f"cache_salt is {quoted(cache_salt, 100)}: expected None or a string"
+            )
         points = self._points(trace, params)
         chosen = [*self._hooks, *select_hooks(hooks, self.config.num_hidden_layers)]
-        ids, room = self._prompt_ids(read), self._room(params)
-        _check_room(len(ids), self.max_model_len, room, params)
+        room = self._room(params)
+        if read.ids is None and self.tokenizer is not None and len(read.text or "") > room:
+            self._check_room(
+                self.tokenizer.fewest_tokens(read.text or ""), room, params, "at least "
+            )
+        ids = self._prompt_ids(read)
+        self._check_room(len(ids), room, params)
         bad_words, constraints = self._bad_words(params), self._constraints(params)
         arrival = next(self._arrivals)
         request = Request(
@@ -492,7 +506,9 @@ class LLM:
         if params is None:
             params = SamplingParams.from_defaults(self.defaults)
         if not isinstance(params, SamplingParams):
-            raise SamplingError(f"sampling_params is {params!r}: expected a SamplingParams")
+            raise SamplingError(
+                f"sampling_params is {quoted(params, 100)}: expected a SamplingParams"
+            )
         params.check_ids(self.config.vocab_size)
         if params.stop:
             self._need_tokenizer("stop")
@@ -510,7 +526,8 @@ class LLM:
             return next(i for i in map(str, itertools.count(arrival)) if not self._knows(i))
         if not isinstance(request_id, str) or self._knows(request_id):
             raise SamplingError(
-                f"request_id is {request_id!r}: expected a string that no running request has"
+                f"request_id is {quoted(request_id, 100)}: "
+                "expected a string that no running request has"
             )
         return request_id
 
@@ -568,7 +585,7 @@ class LLM:
         V = self.config.vocab_size
         for i in ids:
             if not is_integer(i) or not 0 <= i < V:
-                raise SamplingError(f"prompt token id is {i!r}, expected 0 to {V - 1}")
+                raise SamplingError(f"prompt token id is {quoted(i, 100)}, expected 0 to {V - 1}")
         return [int(i) for i in ids]
 
     def _room(self, params: SamplingParams) -> int:
@@ -579,6 +596,26 @@ class LLM:
         if params.max_tokens is not None or self.defaults.max_length is None:
             return self.max_model_len
         return min(self.max_model_len, self.defaults.max_length)
+
+    def _check_room(self, prompt: int, room: int, params: SamplingParams, about: str = "") -> None:
+        """Raise SamplingError for a prompt of so many tokens, after which there is room for none.
+
+        One that is only scored needs none. about: what the number is, if not the prompt's own.
+        """
+        if prompt < room or (prompt == room and params.only_scores):
+            return
+        name, remedy = "max_model_len", "shorten it, or raise max_model_len"
+        if room < self.max_model_len:
+            name, remedy = "max_length of generation_config.json", "shorten it, or give max_tokens"
+        raise SamplingError(
+            f"the prompt has {about}{prompt} tokens, but prompt and output together have room for "
+            f"{room} ({name}): {remedy}"
+        )
+
+    def _check_fewest(self, fewest: int) -> None:
+        """Raise SamplingError for a prompt of at least so many tokens, if no context holds it."""
+        room = self.max_model_len
+        self._check_room(fewest, room, SamplingParams(max_tokens=1, prompt_logprobs=0), "at least ")
 
     def _entropy(self) -> int:
         seed = torch.tensor([secrets.randbits(62)], device=self.model.device)
@@ -592,12 +629,21 @@ def spread(
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, (list, tuple)):
-        raise SamplingError(f"sampling_params is {params!r}: expected a SamplingParams or a list")
+        shown = quoted(params, 100)
+        raise SamplingError(f"sampling_params is {shown}: expected a SamplingParams or a list")
     if len(params) != count:
         raise SamplingError(
             f"{len(params)} sampling_params for {count} prompts, expected one each or one"
         )
     return list(params)
+
+
+def is_conversations(messages: object) -> bool:
+    """Several conversations, rather than one. Raises SamplingError for what is no list."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        shown = quoted(messages, 100)
+        raise SamplingError(f"messages is {shown}: expected a list of messages or conversations")
+    return bool(messages) and isinstance(messages[0], (list, tuple))
 
 
 def check_chat_options(options: Mapping[str, Any]) -> None:
@@ -607,19 +653,3 @@ def check_chat_options(options: Mapping[str, Any]) -> None:
             raise SamplingError(f"chat has no keyword {name!r}: give SamplingParams({name}=...)")
     unknown = [name for name in options if name not in KEYWORDS]
     refuse_unknown(unknown, also=("sampling_params", "cache_salt", "trace", "hooks", "use_tqdm"))
-
-
-def _check_room(prompt: int, context: int, room: int, params: SamplingParams) -> None:
-    """Raise SamplingError for a prompt after which there is room for no token.
-
-    One that is only scored needs none.
-    """
-    if prompt < room or (prompt == room and params.only_scores):
-        return
-    name, remedy = "max_model_len", "shorten it, or raise max_model_len"
-    if room < context:
-        name, remedy = "max_length of generation_config.json", "shorten it, or give max_tokens"
-    raise SamplingError(
-        f"the prompt has {prompt} tokens, but prompt and output together have room for {room} "
-        f"({name}): {remedy}"
-    )

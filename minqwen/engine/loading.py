@@ -10,10 +10,11 @@ import torch
 
 from minqwen.checkpoint import load_pretrained
 from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
-from minqwen.checks import optional_integer
+from minqwen.checks import boolean, optional_integer, wrong
 from minqwen.config import GenerationDefaults, ModelConfig
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for
 from minqwen.errors import ConfigError, ParallelError
+from minqwen.files import quoted
 from minqwen.heads.view import HEAD_OPTIONS, open_weights
 from minqwen.model import Qwen2
 from minqwen.model.qwen2 import check_kv_dtype, make_arithmetic
@@ -53,7 +54,10 @@ def load_parts(
 
     Raises MinqwenError for what cannot work, before any weight is read where that can be known.
     """
-    arithmetic = arithmetic or "fast"
+    arithmetic = "fast" if arithmetic is None else arithmetic
+    check_mesh(mesh)
+    boolean("check_finite", check_finite)
+    boolean("progress", progress)
     check_options(dtype=dtype, device=device, arithmetic=arithmetic, offload=offload)
     weights = open_weights(path, num_attention_heads, num_key_value_heads, head_recipe)
     config = weights.config
@@ -92,20 +96,31 @@ def parts_of(
 ) -> Parts:
     """Of a model that is loaded already. Raises ConfigError for options of loading beside it."""
     given = {
-        "dtype": None if dtype == "auto" else dtype,
-        "check_finite": check_finite or None,
-        "head_recipe": None if head_recipe == "ghost" else head_recipe,
+        "dtype": _if_given(dtype, "auto"),
+        "check_finite": _if_given(check_finite, False),
+        "head_recipe": _if_given(head_recipe, "ghost"),
         **others,
     }
     for name, value in given.items():
         if value is not None:
             raise ConfigError(
-                f"{name} is {value!r}, but the model is a Qwen2 that is loaded already: "
+                f"{name} is {quoted(value, 100)}, but the model is a Qwen2 that is loaded already: "
                 f"leave {name} out, or give the directory"
             )
     check_ranks(tensor_parallel_size, model.mesh)
     defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
     return Parts(model, opened(tokenizer), defaults)
+
+
+def _if_given(value: object, default: str | bool) -> object:
+    """The value, or None if it is the default. An array is no default, and has no truth."""
+    return None if isinstance(value, type(default)) and value == default else value
+
+
+def check_mesh(mesh: object) -> None:
+    """Raise ConfigError for what is neither None nor a Mesh."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise wrong("mesh", mesh, "None or a Mesh", "Mesh.from_env() makes one")
 
 
 def check_ranks(wanted: int | None, mesh: Mesh) -> None:
@@ -138,7 +153,10 @@ def check_degree_or_replicas(config: ModelConfig, mesh: Mesh) -> None:
 def directory_name(model: object) -> str:
     """The last part of the path of a model's directory. Raises ConfigError for what is no path."""
     if isinstance(model, (str, os.PathLike)):
-        return Path(model).resolve().name
+        try:
+            return Path(model).resolve().name
+        except (OSError, ValueError):  # a name that no file can have
+            raise ConfigError(f"model is {quoted(model, 100)}: no such directory") from None
     raise ConfigError(f"model is a {type(model).__name__}: expected a directory or a Qwen2")
 
 

@@ -78,9 +78,10 @@ def _check_keys(prompt: Mapping[Any, Any]) -> None:
         if key in OF_VLLM and value is not None:
             raise SamplingError(f"the prompt has {quoted(key)}: {OF_VLLM[key]}; leave it out")
         if key not in OF_VLLM and key not in KEYS:
+            shown = quoted(key, 100)
             raise SamplingError(
-                f"the prompt has the key {quoted(key, 100)}, expected one of {', '.join(KEYS)}"
-                f"{did_you_mean(str(key), KEYS)}"
+                f"the prompt has the key {shown}, expected one of {', '.join(KEYS)}"
+                f"{did_you_mean(shown, KEYS)}"
             )
 
 

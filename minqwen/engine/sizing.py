@@ -15,6 +15,7 @@ from minqwen.checks import (
     dtype_name,
     integer,
     number,
+    one_of,
     optional_integer,
     refuse_unknown_arguments,
 )
@@ -64,11 +65,7 @@ class EngineOptions:
             integer(name, getattr(self, name), 1)
         boolean("enable_prefix_caching", self.enable_prefix_caching)
         boolean("enforce_eager", self.enforce_eager)
-        if self.kv_cache_dtype not in KV_DTYPES:
-            raise ConfigError(
-                f"kv_cache_dtype is {self.kv_cache_dtype!r}, expected "
-                f"{' or '.join(map(repr, KV_DTYPES))}: 'auto' is the model's dtype"
-            )
+        one_of("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES, "'auto' is the model's dtype")
         if self.block_size > MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size is {self.block_size}, expected 1 to {MAX_BLOCK_SIZE}")
         if self.max_num_seqs > self.max_num_batched_tokens:
@@ -113,7 +110,9 @@ def size_cache(model: Qwen2, options: EngineOptions, room: int | None = None) ->
     check_kv_dtype(options.kv_cache_dtype, model.ops)
     bytes_of_block = _block_bytes(model.config, options, model.dtype, model.mesh.size)
     num_blocks = _blocks_asked_for(options, bytes_of_block)
-    if num_blocks is None:
+    if num_blocks is not None:
+        _check_memory(num_blocks * bytes_of_block, options, model.device)
+    else:
         num_blocks = _blocks_of_rank(model, options, bytes_of_block, room)
     num_blocks = fewest_of_all_ranks(model, num_blocks)
     return _context_in(num_blocks, options, model.config, bytes_of_block), num_blocks
@@ -161,6 +160,17 @@ def _blocks_asked_for(options: EngineOptions, bytes_of_block: int) -> int | None
     if options.kv_cache_bytes is not None:
         return options.kv_cache_bytes // bytes_of_block
     return None
+
+
+def _check_memory(size: int, options: EngineOptions, device: torch.device) -> None:
+    """Raise ConfigError for a cache of `size` bytes that was asked for, and no memory holds."""
+    most = memory_of(device)
+    if size > most:
+        name = "kv_cache_bytes" if options.num_blocks is None else "num_blocks"
+        raise ConfigError(
+            f"{name} is {getattr(options, name)}: the cache would have {size / 1e9:.1f} GB, and "
+            f"this machine's {device.type} memory has {most / 1e9:.1f}; lower it"
+        )
 
 
 def _blocks_of_rank(
@@ -217,4 +227,11 @@ def available_memory() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:  # not Linux
         pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return memory_of(torch.device("cpu")) // 2
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has, in use or free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 from torch import Tensor
 
-from minqwen.checks import did_you_mean
+from minqwen.checks import LONGEST_WORD, did_you_mean, quoted
 from minqwen.config import ModelConfig
 from minqwen.errors import TraceError
 from minqwen.parallel import Mesh, kv_heads_per_rank
@@ -177,10 +177,11 @@ def select(names: Names, num_layers: int) -> set[str]:
         return _chosen_by(names, every, num_layers)
     chosen: set[str] = set()
     for pattern in _patterns(names):
-        found = [name for name in every if _matches(name, pattern)]
+        short = len(pattern) <= LONGEST_WORD  # comparing a megabyte takes seconds
+        found = [name for name in every if short and _matches(name, pattern)]
         if not found:
             raise TraceError(
-                f"no point is called {pattern!r} in a model of {num_layers} layers: "
+                f"no point is called {quoted(pattern, 100)} in a model of {num_layers} layers: "
                 f"`tools/trace.py points` lists them{did_you_mean(pattern, _spellings(every))}"
             )
         chosen.update(found)
@@ -193,11 +194,15 @@ def _patterns(names: object) -> list[str]:
     """A name or pattern, or a collection of them, as a list. Raises TraceError for another type."""
     listed: list[Any] = [names]
     if isinstance(names, Iterable) and not isinstance(names, (str, bytes)):
-        listed = list(names)
+        try:
+            listed = list(names)
+        except TypeError:  # an array that holds one number
+            listed = [names]
     for name in listed:
         if not isinstance(name, str):
             raise TraceError(
-                f"names holds {name!r}, expected a name, a pattern, a list of them, or a predicate"
+                f"names holds {quoted(name, 100)}, "
+                "expected a name, a pattern, a list of them, or a predicate"
             )
     return listed
 
@@ -236,7 +241,8 @@ def select_hooks(hooks: object, num_layers: int) -> list[tuple[set[str], Hook]]:
     for hook in listed:
         if not isinstance(hook, (list, tuple)) or len(hook) != 2 or not callable(hook[1]):
             raise TraceError(
-                f"hooks holds {hook!r}: expected a list of pairs (names of points, function)"
+                f"hooks holds {quoted(hook, 100)}: "
+                "expected a list of pairs (names of points, function)"
             )
     return [(select(names, num_layers), function) for names, function in listed]
 

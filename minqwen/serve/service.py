@@ -97,6 +97,10 @@ class Service:
         self.limits.check("prompt", len(prompts), self.limits.prompts, "prompts")
         if not prompts:
             raise ApiError(400, "prompt is empty: give at least one", param="prompt")
+        for prompt in prompts:
+            if isinstance(prompt, str) and len(prompt) > longest:
+                fewest = self.tokenizer.fewest_tokens(prompt)
+                self.check_length("prompt", fewest, longest, "at least ")
         ids = [
             self.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
             if isinstance(prompt, str)
@@ -122,6 +126,10 @@ class Service:
         self.limits.check("tools", len(body.tools or ()), self.limits.tools)
         if tools and not any("tools" in source for source in self.templates.values()):
             raise ApiError(400, "tools: this model's chat template reads none", param="tools")
+
+        def check_fewest(fewest: int) -> None:
+            self.check_length("messages", fewest, longest, "at least ")
+
         ids = self.tokenizer.encode_chat(
             [message_for_template(message) for message in messages],
             tools=tools,
@@ -130,6 +138,7 @@ class Service:
             continue_final_message=body.continue_final_message,
             chat_template_kwargs=body.chat_template_kwargs,
             allow_special=False,
+            check_fewest=check_fewest,
         )
         self.check_ids("messages", ids, longest)
         return ids
@@ -168,10 +177,14 @@ class Service:
         if wrong is not None:
             expected = f"expected 0 to {self.vocab_size - 1}"
             raise ApiError(400, f"{name} has token id {wrong}: {expected}", param=name)
-        if len(ids) > longest:
+        self.check_length(name, len(ids), longest)
+
+    def check_length(self, name: str, count: int, longest: int, about: str = "") -> None:
+        """Raise ApiError for a prompt of more than `longest` tokens. about: what `count` is."""
+        if count > longest:
             raise ApiError(
                 400,
-                f"{name} has {len(ids)} tokens, but prompt and output together have room for "
+                f"{name} has {about}{count} tokens, but prompt and output together have room for "
                 f"{self.max_model_len}: shorten it",
                 param=name,
                 code="context_length_exceeded",

@@ -103,7 +103,7 @@ def check_messages(messages: Sequence[Message], system: str | None) -> list[Mess
     for n, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise TokenizerError(
-                f"messages[{n}] must be an object with a 'role' string, not {str(message)[:80]!r}"
+                f"messages[{n}] must be an object with a 'role' string, not {quoted(message, 80)}"
             )
     if system is not None:
         messages = [_system_message(system, messages), *messages]

@@ -10,14 +10,17 @@ added_tokens.py the search for them.
 from __future__ import annotations
 
 import codecs
+import functools
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minqwen.checks import boolean
 from minqwen.errors import TokenizerError
-from minqwen.tokenizer.added_tokens import encode_between, finder, mark
+from minqwen.tokenizer.added_tokens import encode_between, finder, mark, without_marks
 from minqwen.tokenizer.backends import ByteLevelBPE, SentencePiece, load_backend
 from minqwen.tokenizer.chat import (
     Message,
@@ -32,6 +35,8 @@ from minqwen.tokenizer.chat import (
 from minqwen.tokenizer.chat_template import ChatRenderer
 from minqwen.tokenizer.continuation import Tagged, tag_final_message
 from minqwen.tokenizer.special_tokens import read_if_there, read_token_config, register_tokens
+
+LONG = 20_000  # characters, which take some milliseconds to encode
 
 
 class IncrementalDecoder:
@@ -204,6 +209,24 @@ class Tokenizer:
             batch = [self._prefix + ids + self._suffix for ids in batch]
         return batch
 
+    def fewest_tokens(self, text: str) -> int:
+        """A number that `encode` does not go below, known without encoding; 0: not known.
+
+        A text of megabytes takes seconds to encode. The tokens of byte-level BPE have all bytes of
+        the text in Unicode's form NFC, and none has more than the longest.
+        """
+        strips = any(token.lstrip or token.rstrip for token in self._backend.added().values())
+        if strips or not isinstance(self._backend, ByteLevelBPE):
+            return 0
+        _check_text(text)
+        size = min(len(form.encode()) for form in (text, unicodedata.normalize("NFC", text)))
+        return -(-size // self._longest)
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(self.token_bytes(i)) for i in range(self.vocab_size))
+
     def _encode_plain(self, text: str) -> list[int]:
         ids = self._backend.encode_plain(text)
         for id in set(ids).intersection(self.added_tokens.values()):
@@ -326,6 +349,7 @@ class Tokenizer:
         system: str | None = None,
         chat_template: str | None = None,
         allow_special: bool = True,
+        check_fewest: Callable[[int], None] | None = None,
         **options: Any,
     ) -> list[int]:
         """Ids of `apply_chat_template`'s prompt, without BOS: the template writes its own.
@@ -333,9 +357,10 @@ class Tokenizer:
         allow_special  False encodes added tokens inside messages, tools, documents and variables as
                        plain characters: no message can end its turn and begin another. Those that
                        the template writes are still tokens.
+        check_fewest   is told `fewest_tokens` before a long prompt is encoded; it may raise
         options        the other keywords of `apply_chat_template`
         """
-        if not allow_special:
+        if not boolean("allow_special", allow_special, error=TokenizerError):
             messages, system = mark(check_messages(messages, system), self._find_added), None
             tools = mark(tools, self._find_added)
             for name in ("documents", "chat_template_kwargs"):
@@ -343,6 +368,8 @@ class Tokenizer:
         prompt = self.apply_chat_template(
             messages, tools, add_generation_prompt, system, chat_template, **options
         )
+        if check_fewest is not None and len(prompt) > LONG:
+            check_fewest(self.fewest_tokens(without_marks(prompt)))
         if allow_special:
             return self.encode(prompt, add_special_tokens=False)
         return encode_between(prompt, self._find_added, self.added_tokens, self._encode_plain)
