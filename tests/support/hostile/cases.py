@@ -435,6 +435,12 @@ for _key, _value in {
         )
 add("awq group of 7", edit(CONFIG, quantization_config__group_size=7), "group", base="awq")
 add(
+    "awq groups that do not divide",
+    edit(CONFIG, quantization_config__group_size=17),
+    "group_size",
+    base="awq",
+)
+add(
     "awq without scales",
     tensors(lambda f: f.pop(Q0[:-6] + "scales")),
     Q0[:-6],

@@ -218,6 +218,12 @@ def same_weights(path: Path, read: dict[str, Any], before: dict[str, Any]) -> st
     return unchanged(path, read | {"config": None}, before | {"config": None})
 
 
+def unless_of_the_older_form(path: Path, read: Any, before: Any) -> str | None:
+    """GPTQ's two forms differ in a key of the config alone; without it the older one is meant."""
+    form = _json(path / CONFIG)["quantization_config"].get("checkpoint_format")
+    return None if form in ("gptq", None) else unchanged(path, read, before)
+
+
 def anything(path: Path, read: Any, before: Any) -> str | None:
     return None
 
@@ -349,5 +355,5 @@ TARGETS: dict[str, Target] = {
     "prompts": Target("lines", PROMPTS, prompts, prompts_as_written, is_json=False),
 }
 for _name in KINDS:
-    _target = Target(f"quantised {_name}", CONFIG, weights, unchanged)
-    TARGETS[f"quantised config {_name}"] = _target
+    _judge = unless_of_the_older_form if "v2" in _name else unchanged
+    TARGETS[f"quantised config {_name}"] = Target(f"quantised {_name}", CONFIG, weights, _judge)
