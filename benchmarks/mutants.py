@@ -256,11 +256,13 @@ class Bench:
             del sys.modules[name]
         self.seconds: dict[str, float] = {}  # of the processor, that a room's tests take
 
-    def tests_of(self, room: str) -> list[str]:
+    def tests_of(self, room: str, file: str = "") -> list[str]:
+        """Of a room, those first that are named like the file that is changed."""
         folder = self.copy / "tests"
         paths = [path for pattern in ROOMS[room].tests for path in sorted(folder.glob(pattern))]
         names = [str(path.relative_to(self.copy)) for path in paths if path.stem.startswith("test")]
-        return list(dict.fromkeys(names))
+        likely = f"test_{Path(file).stem}.py"
+        return sorted(dict.fromkeys(names), key=lambda name: Path(name).name != likely)
 
     def measure(self, room: str) -> None:
         """Run a room's tests on the code as it is."""
@@ -280,7 +282,7 @@ class Bench:
         try:
             self.write(path, mutated(source, mutant.index))
             limit = int(IMPATIENCE * self.seconds[mutant.room] + LEAST)
-            return self.test(self.tests_of(mutant.room), limit)
+            return self.test(self.tests_of(mutant.room, mutant.file), limit)
         finally:
             self.write(path, source)
 

@@ -12,14 +12,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 import torch.distributed as dist
 
 from minqwen.checkpoint.embedded import EMBEDDED as EMBEDDED  # tools import it from here
 from minqwen.checks import did_you_mean
 from minqwen.commands import as_called_here, forget_tools
-from minqwen.errors import MinqwenError, is_first_rank, one_line
+from minqwen.errors import MinqwenError, is_first_rank, one_line, printable
 from minqwen.files import read_text
 from minqwen.heads.layout import RECIPES
 from minqwen.model.kv_cache import KV_DTYPES
@@ -253,10 +253,35 @@ def tell_torchrun(line: str) -> None:
         Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2."""
+class Shown:
+    """A text stream in which nothing moves a terminal's cursor: names may come out of files.
+
+    Only line ends and tabs pass as they are.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """How many characters of `text` were written, which is all."""
+        self._stream.write(re.sub(r"[^\n\t]+", lambda part: printable(part[0]), text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def run(main: Callable[[], int | None], exact: bool = False) -> None:
+    """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2.
+
+    What it prints is printable (`Shown`). exact: on a terminal only, since what goes to a file or to
+    another program is a model's own text.
+    """
     forget_tools()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    out = sys.stdout
+    if not exact or out.isatty():
+        sys.stdout = cast(TextIO, Shown(out))
     try:
         sys.exit(main())
     except MinqwenError as error:
@@ -271,6 +296,8 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    finally:
+        sys.stdout = out
 
 
 def share_text(mesh: Mesh, text: str | None) -> str | None:

@@ -94,7 +94,7 @@ class Case:
     def refused(self, line: str) -> tuple[str, str]:
         if not line.isprintable() or len(line) > MAX_LINE:
             return "wrong line", repr(line[:600])
-        if not line.startswith((str(self.path), *STARTS, str(self.path.parent))):
+        if not line.startswith((str(self.path), *STARTS, str(self.path.parents[1]))):
             return "names no place", line
         return "refused", ""
 

@@ -41,6 +41,7 @@ from minqwen.heads.manifest import KEYS
 from minqwen.heads.packed import extend_packed, shrink_packed
 from minqwen.lab.audit.records import read_jsonl
 from minqwen.lab.diff.dumps import Dump
+from minqwen.lab.packs.check import Checker
 from minqwen.lab.packs.pack import Pack
 from minqwen.tokenizer import Tokenizer
 from minqwen.tokenizer.chat_template import ChatRenderer
@@ -318,6 +319,13 @@ def pack(path: Path) -> Any:
     return {**vars(found), "path": None, "damage": found.damage()}
 
 
+def verified(path: Path) -> Any:
+    """The pack, computed again."""
+    found = Pack.open(path)
+    checked = [Checker(found).check(run) for run in found.runs]
+    return [found.damage(), *([point.verdict for point in run.points] for run in checked)]
+
+
 def config(path: Path) -> ModelConfig:
     found = ModelConfig.from_json(path)
     assert found.num_parameters() > 0 and found.context_length > 0
@@ -342,7 +350,7 @@ TARGETS: dict[str, Target] = {
     "signed packed manifest": Target(
         "packed", MANIFEST, shrunk_packed, same_weights, sign=sha256_of_manifest
     ),
-    "signed pack": Target("pack", "manifest.json", pack, anything, sign=packs.manifest_digest),
+    "signed pack": Target("pack", "manifest.json", verified, anything, sign=packs.manifest_digest),
     "wide weights": Target("wide", FILE, shrunk, unchanged, is_json=False),
     "wide config": Target("wide", CONFIG, shrunk, unchanged),
     "packed manifest": Target("packed", MANIFEST, shrunk_packed, unchanged),
