@@ -43,6 +43,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def is_id_text(text: str) -> bool:
+    """Whether a key of JSON is a token id, written with the digits 0 to 9 and not endless."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
 def integer(
     where: str,
     value: Any,

@@ -12,14 +12,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 import torch.distributed as dist
 
 from minqwen.checkpoint.embedded import EMBEDDED as EMBEDDED  # tools import it from here
 from minqwen.checks import did_you_mean
 from minqwen.commands import as_called_here, forget_tools
-from minqwen.errors import MinqwenError, kind_and_words, one_line
+from minqwen.errors import MinqwenError, kind_and_words, one_line, printable
 from minqwen.files import read_text
 from minqwen.heads.layout import RECIPES
 from minqwen.interrupts import end_on_signals
@@ -267,14 +267,37 @@ def tell_torchrun(line: str) -> None:
         Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 
 
-def run(main: Callable[[], int | None]) -> None:
+class Shown:
+    """A text stream in which nothing moves a terminal's cursor: names may come out of files.
+
+    Only line ends and tabs pass as they are.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """How many characters of `text` were written, which is all."""
+        self._stream.write(re.sub(r"[^\n\t]+", lambda part: printable(part[0]), text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def run(main: Callable[[], int | None], exact: bool = False) -> None:
     """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2.
 
-    After Ctrl-C it is 130, after SIGTERM 143, and what is finished is written.
+    After Ctrl-C it is 130, after SIGTERM 143, and what is finished is written. What it prints is
+    printable (`Shown`). exact: on a terminal only, since what goes to a file or to another program
+    is a model's own text.
     """
     forget_tools()
     end_on_signals()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(str(message))}\n"
+    out = sys.stdout
+    if not exact or out.isatty():
+        sys.stdout = cast(TextIO, Shown(out))
     try:
         sys.exit(main())
     except MinqwenError as error:
@@ -293,6 +316,8 @@ def run(main: Callable[[], int | None]) -> None:
         if own_name() and not dist.is_initialized():
             say_mistake(f"it raised {kind_and_words(error)}")
         raise
+    finally:
+        sys.stdout = out
 
 
 def share_text(mesh: Mesh, text: str | None) -> str | None:

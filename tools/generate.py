@@ -442,4 +442,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, exact=True)

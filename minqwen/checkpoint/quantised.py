@@ -116,6 +116,13 @@ class PackedWeights:
                 f"multiples of {pack}, the {self.packing.bits}-bit numbers in a word; fix "
                 "config.json or fetch the checkpoint again"
             )
+        group = self.packing.group
+        if self.packing.method == "awq" and group != -1 and inputs % group:
+            raise CheckpointError(
+                f"{self.file(name)}: {name} has {inputs} inputs, expected a multiple of the "
+                f"{group} in a group, as AWQ writes them; fix group_size in config.json or fetch "
+                "the checkpoint again"
+            )
 
     def _check_parts(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.parts[name]

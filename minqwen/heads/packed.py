@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -377,7 +378,9 @@ def _extended(
         if name in source.tensors:
             tensor = source.read(name)
             digests[name] = sha256(tensor)
-            yield name, extend_part(name, tensor, to, source.packing)
+            with _in_file(source, name):
+                part = extend_part(name, tensor, to, source.packing)
+            yield name, part
         else:
             yield name, torch.zeros(specs[name].shape, dtype=specs[name].dtype)
 
@@ -387,9 +390,19 @@ def _shrunk(
 ) -> Iterator[tuple[str, Tensor]]:
     """The source's tensors, each with the digest that it had."""
     for name in _shown(list(manifest.source_sha256), progress):
-        tensor = shrink_part(name, target.read(name), manifest.layout, target.packing)
+        with _in_file(target, name):
+            tensor = shrink_part(name, target.read(name), manifest.layout, target.packing)
         manifest.check_source_tensor(name, sha256(tensor), target.path)
         yield name, tensor
+
+
+@contextmanager
+def _in_file(source: PackedCheckpoint, name: str) -> Iterator[None]:
+    """An error about a tensor begins with the file that holds it."""
+    try:
+        yield
+    except HeadsError as error:
+        raise HeadsError(f"{source.file(name)}: {error}") from None
 
 
 def _specs(

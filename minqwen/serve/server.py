@@ -18,7 +18,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from minqwen.errors import MinqwenError
+from minqwen.errors import MinqwenError, one_line
 from minqwen.serve.app import LOOPBACK, make_app
 from minqwen.serve.errors import ApiError
 from minqwen.serve.service import Service
@@ -124,7 +124,8 @@ def serve(
         server.start()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"serving {service.name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+        where = one_line(f"serving {service.name} at http://{shown}:{port}")
+        print(where, file=sys.stderr, flush=True)
         try:
             service.loop.run()
         except KeyboardInterrupt:  # the second signal

@@ -19,7 +19,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,6 +141,25 @@ def _check_template(path: Path, post_processor: dict[str, Any]) -> None:
             )
 
 
+def _parts(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A part of the pipeline, or those of a Sequence of them."""
+    yield state
+    for name in ("pretokenizers", "normalizers"):
+        for part in state.get(name, []):
+            yield from _parts(part)
+
+
+def _check_merges(path: Path, id_of: dict[str, int], pairs: list[tuple[str, str]]) -> None:
+    """Raise TokenizerError for a merge of or to no token: the library may panic, on stderr."""
+    for left, right in pairs:
+        missing = next((x for x in (left, right, left + right) if x not in id_of), None)
+        if missing is not None:
+            raise TokenizerError(
+                f"{path}: damaged: it merges {quoted(left, 80)} and {quoted(right, 80)}, and "
+                f"{quoted(missing, 80)} is no token of vocab.json; fetch both again"
+            )
+
+
 def _adds_prefix_space(pre_tokenizer: dict[str, Any]) -> bool | None:
     """What the ByteLevel in a pre-tokenizer says of it, which may be one of a Sequence."""
     for part in [pre_tokenizer, *pre_tokenizer.get("pretokenizers", [])]:
@@ -200,6 +219,7 @@ class ByteLevelBPE:
         if any(type(id) is not int for id in ids) or sorted(ids) != list(range(len(ids))):
             raise _wrong_ids(vocab, len(ids))
         pairs = _read_merges(merges)
+        _check_merges(merges, id_of, pairs)
         bpe = _made_from(merges, lambda: models.BPE(vocab=id_of, merges=pairs))
         library = tokenizers.Tokenizer(bpe)
         library.normalizer = normalizers.NFC()
@@ -217,6 +237,19 @@ class ByteLevelBPE:
         if kind != "ByteLevel":
             raise TokenizerError(
                 f"{self.source}: its decoder is {kind}; only ByteLevel, Qwen2's, is supported"
+            )
+        before = (self.library.normalizer, self.library.pre_tokenizer)
+        spells = [part for each in before for part in _parts(_state(each))]
+        count = sum(part.get("type") == "ByteLevel" for part in spells)
+        if count != 1:  # the model would leave out what it does not know, without a word
+            raise TokenizerError(
+                f"{self.source}: its normalizer and pre_tokenizer spell a text's bytes {count} "
+                "times (ByteLevel), expected once; fetch the file again"
+            )
+        if self.library.model.dropout:
+            raise TokenizerError(
+                f"{self.source}: its dropout is {self.library.model.dropout}, expected none: it "
+                "would cut a text at random; remove it"
             )
 
     def _post_processor_ids(self) -> tuple[list[int], list[int]]:

@@ -74,6 +74,8 @@ WRONG = {
     json.dumps(LINE | {"logprobs": [-1, math.inf]}): r"logprobs\[1\] is inf",
     json.dumps(LINE | {"logprobs": [-1, 0.7]}): "at most 0",
     json.dumps(LINE | {"top_logprobs": [{}, {"x": -1}]}): r"top_logprobs\[1\]",
+    json.dumps(LINE | {"top_logprobs": [{}, {"9" * 5000: -1}]}): r"top_logprobs\[1\]",
+    json.dumps(LINE | {"top_logprobs": [{}, {"\u0661": -1}]}): r"top_logprobs\[1\]",
     json.dumps(LINE | {"prompt_logprobs": [None]}): "expected a list of 2",
     json.dumps(LINE | {"messages": "hi"}): "expected a list of messages",
     json.dumps(LINE | {"token_ids": [7, 97]}): "token id 97, expected 0 to 96",

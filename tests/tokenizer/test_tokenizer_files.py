@@ -123,7 +123,7 @@ def test_a_broken_file_is_refused(tmp_path, change, words):
         (ALPHABET, None, "merges.txt: cannot be read"),
         (None, "a b\n", "vocab.json: cannot be read"),
         (ALPHABET, "a b c\n", "line 1"),
-        (ALPHABET, "a b\n", "`ab` out of vocabulary"),
+        (ALPHABET, "a b\n", "merges 'a' and 'b', and 'ab' is no token"),
         (ALPHABET, LFS, "git lfs pull"),
         ({**ALPHABET, "ab": 255}, "a b\n", "ids are not 0 to 256"),
         ({**ALPHABET, "ab": -1}, "", "ids are not 0 to 256"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minqwen.checks import is_integer
+from minqwen.checks import is_id_text, is_integer
 from minqwen.errors import MinqwenError
 from minqwen.files import quoted
 from minqwen.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class Pieces:
             piece = piece.get("token")
         if not isinstance(piece, str):
             return None
-        if piece.startswith(AS_ID) and piece[len(AS_ID) :].isdecimal():
+        if piece.startswith(AS_ID) and is_id_text(piece[len(AS_ID) :]):
             return int(piece[len(AS_ID) :])
         return self.ids.get(piece.encode("utf-8", "surrogatepass"))
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minqwen.checks import is_integer
+from minqwen.checks import is_id_text, is_integer
 from minqwen.errors import MinqwenError
 from minqwen.files import quoted
 from minqwen.lab.audit.client import Endpoint, NotOffered
@@ -204,7 +204,7 @@ class Asking:
                 )
             for key, value in each.items():
                 logprob = value.get("logprob") if isinstance(value, dict) else value
-                if not key.isdecimal():
+                if not is_id_text(key):
                     raise MinqwenError(f"{where}: {quoted(key, 40)}, expected a token id")
                 entries.append(Entry(position, int(key), checked_logprob(where, logprob)))
         return Record(tuple(ids), len(ids), tuple(entries), where=self.where("the echoed text"))

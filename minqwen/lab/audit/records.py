@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minqwen.checks import is_finite, is_integer
+from minqwen.checks import is_finite, is_id_text, is_integer
 from minqwen.config import ModelConfig
 from minqwen.errors import MinqwenError
 from minqwen.files import and_more, lines_of, parse_json, quoted, read_text
@@ -175,7 +175,7 @@ def top_entries(where: str, value: Any, ids: list[int], first: int) -> list[Entr
     check_length(where, value, len(ids))
     entries = []
     for i, each in enumerate(value):
-        if not isinstance(each, dict) or not all(key.isdecimal() for key in each):
+        if not isinstance(each, dict) or not all(map(is_id_text, each)):
             raise MinqwenError(
                 f"{where}[{i}] is {quoted(each, 60)}, expected an object {{token id: number}}"
             )

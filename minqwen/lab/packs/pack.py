@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minqwen.checkpoint.embedded import EMBEDDED
-from minqwen.checks import did_you_mean
+from minqwen.checks import boolean, did_you_mean, integer, mapping
 from minqwen.config import ModelConfig
 from minqwen.errors import MinqwenError, PackError
-from minqwen.files import and_more, check_regular, read_json_object
+from minqwen.files import and_more, check_regular, quoted, read_json_object
 from minqwen.lab.golden import digest, file_digests
 from minqwen.lab.packs.runs import find_run
-from minqwen.model.trace import canonical
+from minqwen.model.trace import canonical, every_name
 
 MANIFEST = "manifest.json"
 FORMAT = "minqwen golden pack 1"
@@ -219,8 +219,13 @@ def _pack_of(path: Path, content: dict[str, Any]) -> Pack:
     config = ModelConfig.from_dict(content["config"], source=f"{path / MANIFEST}: config")
     model = content["model"]
     runs = tuple(find_run(name).name for name in content["runs"])
-    prompts = tuple(PackPrompt(list(p["ids"]), p["text"]) for p in content["prompts"])
+    prompts = tuple(_prompt(p, config) for p in content["prompts"])
     names, top_k = tuple(content["points"]), content["top_k"]
+    unknown = [name for name in names if name not in every_name(config.num_hidden_layers)]
+    if unknown:
+        raise PackError(f"points has {quoted(unknown[0])}, expected points of its model")
+    if top_k is not None:
+        integer("top_k", top_k, 1, config.vocab_size, error=PackError)
     keys = {*names} if top_k is None else {*names, TOP_IDS, TOP_VALUES}
     recorded = {
         (run, n): _recorded(content["runs"][run]["prompts"][n], keys)
@@ -235,11 +240,27 @@ def _pack_of(path: Path, content: dict[str, Any]) -> Pack:
         runs=runs,
         names=names,
         top_k=top_k,
-        weights=dict(content["weights"]),
-        machine=dict(content["machine"]),
-        streamed=bool(content["streamed"]),
+        weights=_texts("weights", content["weights"]),
+        machine=_texts("machine", content["machine"]),
+        streamed=boolean("streamed", content["streamed"], error=PackError),
         recorded=recorded,
     )
+
+
+def _prompt(content: Mapping[str, Any], config: ModelConfig) -> PackPrompt:
+    ids, text = content["ids"], content["text"]
+    if not isinstance(ids, list) or not ids or not isinstance(text, str | None):
+        raise PackError(f"a prompt is {quoted(content, 100)}, expected ids and a text or null")
+    most = config.vocab_size - 1
+    return PackPrompt([integer("an id", id, 0, most, error=PackError) for id in ids], text)
+
+
+def _texts(where: str, content: Any) -> dict[str, str]:
+    """An object whose values are texts."""
+    found = dict(mapping(where, content, error=PackError))
+    if not all(isinstance(text, str) for text in found.values()):
+        raise PackError(f"{where} is {quoted(content, 100)}, expected texts")
+    return found
 
 
 def _recorded(content: Mapping[str, Any], keys: set[str]) -> Recorded:

@@ -435,6 +435,12 @@ for _key, _value in {
         )
 add("awq group of 7", edit(CONFIG, quantization_config__group_size=7), "group", base="awq")
 add(
+    "awq groups that do not divide",
+    edit(CONFIG, quantization_config__group_size=17),
+    "group_size",
+    base="awq",
+)
+add(
     "awq without scales",
     tensors(lambda f: f.pop(Q0[:-6] + "scales")),
     Q0[:-6],
@@ -533,6 +539,9 @@ for _name, _change, _words in (
         ("decoder",),
     ),
     ("no decoder", edit(TOKENIZER, decoder=None), ("decoder",)),
+    ("nothing that spells bytes", edit(TOKENIZER, pre_tokenizer=None), ("0 times",)),
+    ("bytes spelled twice", edit(TOKENIZER, normalizer={"type": "ByteLevel"}), ("2 times",)),
+    ("dropout", edit(TOKENIZER, model__dropout=0.5), ("dropout is 0.5",)),
     (
         "a broken expression",
         edit(TOKENIZER, pre_tokenizer={**BOMB, "pattern": {"Regex": "(("}}),
@@ -641,6 +650,13 @@ for _name, _content in {
     "ESC": "\x1b[2J\n",
 }.items():
     add(f"merges.txt: {_name}", text("merges.txt", _content), "merges.txt", base="older")
+add(
+    "merges.txt: to no token",
+    drop("vocab.json", "hell"),
+    "merges.txt",
+    "'he' and 'll'",
+    base="older",
+)
 add("no merges", gone("merges.txt"), "merges.txt", base="older")
 add("no vocabulary", gone("vocab.json"), "vocab.json", base="older")
 add("pieces cut short", cut("tokenizer.model", 999), "tokenizer.model", base="pieces")
