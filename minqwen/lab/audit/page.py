@@ -123,7 +123,7 @@ def pair_facts(pair: Pair) -> list[tuple[str, str]]:
         ("nearer the truth", f"{pair.nearer} (trainer in {pair.sure:.1%} of bootstrap samples)"),
         (
             "probability ratio, trainer / rollout",
-            f"mean {pair.ratio_mean:.5g}, furthest from 1 {pair.ratio_most:.5g}",
+            f"mean {pair.ratio_mean:.5g}; the furthest from 1 is {pair.ratio_most:.5g}",
         ),
     ]
 
