@@ -300,6 +300,31 @@ def test_text_becomes_tokens_and_text_again(embedded_hooked, embedded_tokenizer)
         model.to_single_token(TEXT)
 
 
+def test_the_embedded_model_answers_what_scripts_ask(embedded_hooked):
+    model, head = embedded_hooked, 5
+    tokens = model.to_tokens(TEXT)
+    logits, cache = model.run_with_cache(tokens)
+    _, seen = model.model.run_with_cache(tokens)
+    last = model.cfg.n_layers - 1
+    assert last == 3 and torch.equal(cache["pattern", 3], seen["layers.3.attn.pattern"])
+    assert torch.equal(cache["resid_post", -1], seen["layers.3.resid_post"])
+    assert torch.equal(model.W_E[tokens], cache["embed"])
+    god = model.to_single_token(" God")
+    normed = model.ln_final(cache["resid_post", -1])
+    torch.testing.assert_close(normed @ model.W_U[:, god], logits[..., god])
+    outs = []
+
+    def ablate(z, hook):
+        z[:, :, head] = 0
+
+    hooks = [(utils.get_act_name("z", last), ablate)]
+    hooks.append((utils.get_act_name("attn_out", last), lambda x, hook: outs.append(x)))
+    ablated = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    share = cache["z", last][:, :, head] @ model.W_O[last, head]
+    torch.testing.assert_close(outs[0], cache["attn_out", last] - share, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ablated, logits, rtol=1e-3)
+
+
 def test_generate_is_greedy_or_sampled_by_torchs_seed(embedded_hooked):
     model, start = embedded_hooked, embedded_hooked.to_tokens([TEXT, "And God said unto"])
     said = model.generate(

@@ -76,7 +76,7 @@ def test_padding_is_hidden_as_in_transformers(pairs, dtype, padding):
             model(ids, attention_mask=mask, labels=labels, **ALL),
             hf(ids, attention_mask=mask, labels=labels, **ALL),
         )
-        same(model(ids, mask.bool()), model(ids, mask.double()))
+        same(model(ids, mask.bool()), model(ids, mask.double() * 2))
 
 
 def test_what_is_hidden_does_not_matter(pairs):
@@ -112,14 +112,25 @@ def test_positions_are_those_that_are_given(pairs, dtype):
     torch.testing.assert_close(together[:, :4], apart)
 
 
-def test_gradients_are_transformers(pairs):
-    hf, model = (copy.deepcopy(x) for x in pairs[torch.float32])
-    ids, mask = tokens(hf, 3, T), masks()["left"]
-    hf.requires_grad_()
-    # The first label of a row would be predicted from padding, which sees nothing.
+def of_the_loss(model, ids):
+    """Of padded rows. Their first label would be predicted from padding, which sees nothing."""
+    mask = masks()["left"]
     labels = ids.masked_fill(mask.roll(1, 1) * mask == 0, -100)
+    return model(ids, attention_mask=mask, labels=labels).loss
+
+
+def of_everything(model, ids):
+    output = model(ids, labels=ids, **ALL)
+    return output.loss + output.hidden_states[1].square().sum() + output.attentions[1][..., 0].sum()
+
+
+@pytest.mark.parametrize("scalar", [of_the_loss, of_everything])
+def test_gradients_are_transformers(pairs, scalar):
+    hf, model = (copy.deepcopy(x) for x in pairs[torch.float32])
+    ids = tokens(hf, 3, T)
+    hf.requires_grad_()
     for x in (hf, model):
-        x(ids, attention_mask=mask, labels=labels).loss.backward()
+        scalar(x, ids).backward()
     theirs = dict(hf.named_parameters())
     assert {name for name, _ in model.named_parameters()} == set(theirs)
     for name, parameter in model.named_parameters():
@@ -241,7 +252,9 @@ REFUSED = {
     "a slip": (dict(output_hidden_state=True), "no argument 'output_hidden_state' here.*output_hi"),
     "a mask of four dimensions": (dict(attention_mask=torch.ones(2, 1, 5, 5)), "expected a number"),
     "a mask that is a list": (dict(attention_mask=[[1] * 5] * 2), "attention_mask is list"),
-    "labels of another shape": (dict(labels=torch.ones(2, 4).long()), "labels have shape .2, 4."),
+    "labels of another shape": (dict(labels=torch.ones(2, 4).long()), "labels are not .2, 5."),
+    "labels that are a list": (dict(labels=[[1] * 5] * 2), "give such a tensor"),
+    "embeddings of no batch": (dict(input_ids=None, inputs_embeds=torch.ones(5, 24)), "no tensor"),
     "labels and few logits": (dict(labels=torch.ones(2, 5).long(), logits_to_keep=1), "no logits"),
     "negative positions": (dict(position_ids=torch.arange(5)[None] - 1), "no integer >= 0"),
     "positions of another shape": (dict(position_ids=torch.arange(4)), "are no tensor .2, 5."),
@@ -255,7 +268,7 @@ def test_what_is_not_taken_is_one_line(pairs, case):
     _, model = pairs[torch.float32]
     options, message = REFUSED[case]
     with pytest.raises(MinqwenError, match=message) as error:
-        model(tokens(model, 2, 5), **options)
+        model(**{"input_ids": tokens(model, 2, 5), **options})
     assert "\n" not in str(error.value)
 
 

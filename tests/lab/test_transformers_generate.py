@@ -267,3 +267,5 @@ def test_prompts_that_end_in_padding_are_refused(pair, ragged):
         model.generate(ragged["input_ids"], attention_mask=mask, max_new_tokens=2)
     with pytest.raises(MinqwenError, match="generate has no input_ids"):
         model.generate(max_new_tokens=2)
+    with pytest.raises(MinqwenError, match="ids are .*expected a tensor"):
+        model.generate([[1, 2]], max_new_tokens=2)

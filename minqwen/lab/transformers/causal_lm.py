@@ -219,7 +219,8 @@ class Qwen2ForCausalLM(nn.Module):
         ids = inputs if input_ids is None else input_ids
         if ids is None:
             raise MinqwenError("generate has no input_ids: give the prompts [B, T]")
-        return generate(self.qwen2, ids.to(self.device), attention_mask, settings)
+        ids = ids.to(self.device) if isinstance(ids, Tensor) else ids
+        return generate(self.qwen2, ids, attention_mask, settings)
 
 
 AutoModelForCausalLM = Qwen2ForCausalLM
@@ -268,18 +269,17 @@ def ids_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Any:
         raise MinqwenError("give input_ids or inputs_embeds, one of the two")
     if inputs_embeds is None:
         return input_ids
-    if inputs_embeds.dim() != 3:
-        found = tuple(inputs_embeds.shape)
-        raise MinqwenError(f"inputs_embeds have shape {found}, expected [B, T, D]")
+    if not isinstance(inputs_embeds, Tensor) or inputs_embeds.dim() != 3:
+        raise MinqwenError("inputs_embeds are no tensor [B, T, D]: give one, or input_ids")
     return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean of -log p of the labels, each from the logits before it, in float32."""
-    if labels.shape != logits.shape[:2]:
+    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
         raise MinqwenError(
-            f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}: give one "
-            "label for each token, and no logits_to_keep"
+            f"labels are not {tuple(logits.shape[:2])}, one for each token that has logits: give "
+            f"such a tensor, and no logits_to_keep; {IGNORED} does not count"
         )
     following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
     flat = logits.float().flatten(0, 1)
