@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,14 +132,20 @@ def agree_on_engine(
     the same files of tokenizers and of generation. The cache's size may be asked for by rank."""
     options = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)}
     asked = {name: value for name, value in options.items() if name not in OF_ONE_RANK}
-    paths = [Path(source) for source in sources if isinstance(source, (str, os.PathLike))]
-    files = [path / name for path in paths for name in SMALL_FILES if (path / name).is_file()]
-    for path in paths:
-        files += sorted(path.glob("*.jinja"))
+    files = small_files(Path(s) for s in sources if isinstance(s, (str, os.PathLike)))
     notes = {file.name: f" ({file.parent})" for file in files}
     described = {"tokenizer": repr(sources[-1])} if isinstance(sources[-1], Tokenizer) else {}
     facts = {"heads": heads, **asked, **described, **digests_of_files(mesh.world, files)}
     agree(mesh.world, facts, notes)
+
+
+def small_files(directories: Iterable[Path]) -> list[Path]:
+    """The files of tokenizers, chat templates and generation that are there."""
+    found = []
+    for path in directories:
+        found += [path / name for name in SMALL_FILES if (path / name).is_file()]
+        found += sorted(path.glob("*.jinja"))
+    return found
 
 
 def check_ranks(wanted: int | None, mesh: Mesh) -> None:
