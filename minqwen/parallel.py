@@ -386,6 +386,15 @@ class Mesh:
             shared = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return self.broadcast(shared.to(self.device)).cpu().numpy().tobytes()
 
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, on every rank."""
+        lengths = self.all_gather(torch.tensor([len(data)], device=self.device)).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        if data:
+            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        rows = self.all_gather(padded.to(self.device)).view(self.size, -1).cpu()
+        return [rows[r, :length].numpy().tobytes() for r, length in enumerate(lengths)]
+
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()

@@ -21,6 +21,7 @@ ROOMS = [
     ["tokenizer"],
     ["watch"],
     ["parallel"],
+    ["agreement"],
     ["model"],
     ["checkpoint"],
     ["heads"],

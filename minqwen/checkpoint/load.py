@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minqwen.agreement import agree, digests_of_files
 from minqwen.checkpoint.offload import OFFLOADS, LayerStream, is_layer
 from minqwen.checkpoint.quantised import PackedWeights
 from minqwen.checkpoint.reader import Checkpoint
@@ -33,6 +35,9 @@ class Weights(Protocol):
 
     @property
     def names(self) -> list[str]: ...
+
+    @property
+    def files(self) -> list[Path]: ...
 
     def check(self) -> None: ...
 
@@ -78,6 +83,7 @@ def load_pretrained(
     checkpoint = Checkpoint(path) if isinstance(path, (str, os.PathLike)) else path
     config = checkpoint.config
     check_degree(config, mesh.size)
+    agree_on_weights(mesh, checkpoint, resolve_dtype(dtype, config), arithmetic, offload)
     checkpoint.check()
     if check_finite:
         checkpoint.check_finite()
@@ -100,6 +106,26 @@ def load_pretrained(
         )
         _keep_packed(model, reader, quantised)
         return model
+
+
+def agree_on_weights(
+    mesh: Mesh,
+    weights: Weights,
+    dtype: torch.dtype,
+    arithmetic: str | Native,
+    offload: str | None,
+) -> None:
+    """Raise ParallelError unless all ranks of the mesh load the same in the same way."""
+    if mesh.size == 1:
+        return
+    config = weights.config
+    fields = [field.name for field in dataclasses.fields(config) if field.compare]
+    of_config = {f"config.json's {name}": getattr(config, name) for name in fields}
+    kind = arithmetic if isinstance(arithmetic, str) else type(arithmetic).__name__.lower()
+    options = {"dtype": dtype, "arithmetic": kind, "offload": offload}
+    files = digests_of_files(mesh, weights.files)
+    notes = {file.name: f" ({file.parent})" for file in weights.files}
+    agree(mesh, {**of_config, **options, **files}, notes)
 
 
 # ---- options ------------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ class WeightDirectory:
         return list(self.tensors)
 
     @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return [self.path / file for file in self._stamps]
+
+    @property
     def names_in_files(self) -> list[str]:
         """Those of a quantised checkpoint are not all names of parameters."""
         return list(self.tensors)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from minqwen.agreement import agree
 from minqwen.checkpoint.embedded import EMBEDDED
 from minqwen.checks import boolean, is_integer, optional_integer
 from minqwen.config import ModelConfig
@@ -112,11 +113,12 @@ class LLM:
             "progress": progress,
         }
         if isinstance(model, Qwen2):
-            parts = parts_of(model, tokenizer, **loading)
+            parts = parts_of(model, tokenizer, self.options, **loading)
         else:
             parts = load_parts(model, tokenizer, self.options, **loading)
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         self.mesh = parts.model.mesh
+        agree(self.mesh.world, {"seed": seed})
         warn_of_idle(options)
         self.max_model_len, num_blocks = size_cache(parts.model, self.options)
         self._core: EngineCore | None = self._make_core(parts.model, num_blocks)
@@ -246,6 +248,9 @@ class LLM:
             for prompt, p in zip(prompts, params)
         ]
         mesh = self.mesh
+        if mesh.replicas > 1:
+            agree_on_requests(mesh.world, requests, hooks=False)
+        agree_on_requests(mesh, requests)  # each replica may have hooks of its own
         mailbox: list[Delta] = []
         mine = {i: r for i, r in enumerate(requests) if i % mesh.replicas == mesh.replica}
         for request in mine.values():
@@ -375,6 +380,7 @@ class LLM:
             trace=trace,
             hooks=hooks,
         )
+        agree_on_requests(self.mesh, [request])
         self.core.add(request)
         return request.request_id
 
@@ -620,6 +626,22 @@ class LLM:
     def _entropy(self) -> int:
         seed = torch.tensor([secrets.randbits(62)], device=self.model.device)
         return int(self.mesh.world.broadcast(seed))
+
+
+def agree_on_requests(mesh: Mesh, requests: Sequence[Request], hooks: bool = True) -> None:
+    """Raise ParallelError unless all ranks of the mesh were asked for the same.
+
+    hooks: at the same points too.
+    """
+    if mesh.size == 1:
+        return
+    facts: dict[str, object] = {"the number of prompts": len(requests)}
+    for i, request in enumerate(requests):
+        of = f" of prompt {i}" if len(requests) > 1 else ""
+        facts |= {name + of: value for name, value in request.facts().items()}
+        if hooks and request.hooks:
+            facts["hooks" + of] = [sorted(points) for points, _ in request.hooks]
+    agree(mesh, facts)
 
 
 def spread(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from minqwen.agreement import agree, digests_of_files
 from minqwen.checkpoint import load_pretrained
-from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
+from minqwen.checkpoint.load import OPTIONS, agree_on_weights, check_options, resolve_dtype
 from minqwen.checks import boolean, optional_integer, wrong
 from minqwen.config import GenerationDefaults, ModelConfig
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for
@@ -22,6 +25,11 @@ from minqwen.parallel import Mesh, check_degree, valid_degrees
 from minqwen.tokenizer import Tokenizer
 
 LOADING_OPTIONS = (*OPTIONS, *HEAD_OPTIONS, "tensor_parallel_size", "tokenizer", "seed")
+OF_ONE_RANK = ("num_blocks", "kv_cache_bytes", "gpu_memory_utilization")  # the smallest cache rules
+SMALL_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "generation_config.json"),
+)
 TokenizerOrPath = Tokenizer | str | os.PathLike[str] | None
 
 
@@ -67,6 +75,10 @@ def load_parts(
         mesh = Mesh.from_env(device, tensor_parallel_size=tensor_parallel_size)
     check_ranks(tensor_parallel_size, mesh)
     check_degree_or_replicas(config, mesh)
+    heads = (num_attention_heads, num_key_value_heads, head_recipe)
+    agree_on_engine(mesh, engine, [path, tokenizer], heads)
+    if mesh.replicas > 1:
+        agree_on_weights(mesh.world, weights, resolve_dtype(dtype, config), arithmetic, offload)
     check_cache_asked_for(engine, config, resolve_dtype(dtype, config), mesh.size)
     opened_tokenizer = opened(tokenizer) or Tokenizer.from_dir(path)
     defaults = GenerationDefaults.from_dir(path, config)
@@ -86,6 +98,7 @@ def load_parts(
 def parts_of(
     model: Qwen2,
     tokenizer: TokenizerOrPath,
+    engine: EngineOptions,
     *,
     dtype: str | torch.dtype,
     check_finite: bool,
@@ -108,6 +121,7 @@ def parts_of(
                 f"leave {name} out, or give the directory"
             )
     check_ranks(tensor_parallel_size, model.mesh)
+    agree_on_engine(model.mesh, engine, [tokenizer])
     defaults = GenerationDefaults(eos_token_ids=model.config.eos_token_id)
     return Parts(model, opened(tokenizer), defaults)
 
@@ -121,6 +135,32 @@ def check_mesh(mesh: object) -> None:
     """Raise ConfigError for what is neither None nor a Mesh."""
     if mesh is not None and not isinstance(mesh, Mesh):
         raise wrong("mesh", mesh, "None or a Mesh", "Mesh.from_env() makes one")
+
+
+def agree_on_engine(
+    mesh: Mesh,
+    engine: EngineOptions,
+    sources: Sequence[TokenizerOrPath],
+    heads: tuple[object, ...] = (),
+) -> None:
+    """Raise ParallelError unless all ranks, those of other replicas too, have the same options, and
+    the same files of tokenizers and of generation. The cache's size may be asked for by rank."""
+    options = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)}
+    asked = {name: value for name, value in options.items() if name not in OF_ONE_RANK}
+    files = small_files(Path(s) for s in sources if isinstance(s, (str, os.PathLike)))
+    notes = {file.name: f" ({file.parent})" for file in files}
+    described = {"tokenizer": repr(sources[-1])} if isinstance(sources[-1], Tokenizer) else {}
+    facts = {"heads": heads, **asked, **described, **digests_of_files(mesh.world, files)}
+    agree(mesh.world, facts, notes)
+
+
+def small_files(directories: Iterable[Path]) -> list[Path]:
+    """The files of tokenizers, chat templates and generation that are there."""
+    found = []
+    for path in directories:
+        found += [path / name for name in SMALL_FILES if (path / name).is_file()]
+        found += sorted(path.glob("*.jinja"))
+    return found
 
 
 def check_ranks(wanted: int | None, mesh: Mesh) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -46,6 +47,17 @@ class Request:
     def __post_init__(self) -> None:
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(self.prompt_ids)
+
+    def facts(self) -> dict[str, object]:
+        """What must be the same on every rank, besides hooks: names and values, without those that
+        are as usual."""
+        found: dict[str, object] = {"the prompt": self.prompt_ids, "seed": self.completions[0].seed}
+        for one in dataclasses.fields(self.params):
+            value = getattr(self.params, one.name)
+            if one.name != "seed" and value != one.default:
+                found[one.name] = value
+        optional = {"cache_salt": self.salt, "trace": sorted(self.trace)}
+        return found | {name: value for name, value in optional.items() if value}
 
     @property
     def reads_prefix_cache(self) -> bool:

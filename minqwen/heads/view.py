@@ -95,6 +95,10 @@ class ExtendedCheckpoint:
     def names(self) -> list[str]:
         return list(self.config.parameter_shapes())
 
+    @property
+    def files(self) -> list[Path]:
+        return self.source.files
+
     def words_of(self, name: str) -> PackedWeights | str | None:
         """The source's words of a weight that has no heads; why there are none of one that has."""
         words = self.source.words_of(name)

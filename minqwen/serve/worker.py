@@ -23,7 +23,6 @@ from minqwen.engine.llm import LLM
 from minqwen.engine.outputs import Delta
 from minqwen.engine.request import Request
 from minqwen.errors import MinqwenError
-from minqwen.parallel import Mesh
 from minqwen.sampling.params import SamplingParams
 from minqwen.sampling.structured import StructuredOutputs
 from minqwen.serve.errors import ApiError, of_failed_request
@@ -50,7 +49,7 @@ class Worker:
         if self.mesh.replicas == 1:
             return [report]
         speaks = self.mesh.rank == 0
-        return joined(gathered(self.mesh.world, report.to_bytes() if speaks else b""))
+        return joined(self.mesh.world.all_gather_bytes(report.to_bytes() if speaks else b""))
 
     def drop_all(self) -> None:
         """Abort everything."""
@@ -135,15 +134,6 @@ def assigned(rows: Sequence[Sequence[int]]) -> list[int]:
         loads[place] += 1
         places.append(place)
     return places
-
-
-def gathered(world: Mesh, data: bytes) -> list[bytes]:
-    """Every rank's bytes, on every rank."""
-    lengths = world.all_gather(torch.tensor([len(data)], device=world.device)).tolist()
-    padded = torch.zeros(max(max(lengths), 1), dtype=torch.uint8)
-    padded[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
-    rows = world.all_gather(padded.to(world.device)).view(world.size, -1).cpu()
-    return [rows[r, :length].numpy().tobytes() for r, length in enumerate(lengths)]
 
 
 def refusal(error: Exception) -> ApiError:
