@@ -274,7 +274,7 @@ class Shown:
 def run(main: Callable[[], int | None], exact: bool = False) -> None:
     """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2.
 
-    What it prints is printable (`Shown`). exact: on a terminal only, since what goes to a file or to
+    What it prints is printable (`Shown`). exact: on a terminal only. What goes to a file or to
     another program is a model's own text.
     """
     forget_tools()

@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -39,6 +40,7 @@ if __name__ == "__main__":
 import torch
 from support.hostile.mutations import mutated, mutated_json
 from support.hostile.targets import TARGETS, Target, make_all
+from tqdm import tqdm
 
 from minqwen.errors import MAX_LINE, MinqwenError
 
@@ -148,6 +150,7 @@ def run_chunk(case: Case, numbers: range, shared: mmap.mmap, out: Path) -> None:
 def forked(case: Case, numbers: range, found: list[Finding], counts: Counter[str]) -> None:
     """The same, in as many forks as it takes: a case that ends its fork is a finding."""
     shared = mmap.mmap(-1, 8)
+    tqdm.set_lock(threading.RLock())  # its usual one is shared with forks, which may be ended
     out = case.path.with_name("findings.jsonl")
     while numbers:
         shared[:8] = numbers.start.to_bytes(8, "little")
