@@ -68,12 +68,8 @@ ROOMS = {
         ("engine/test_blocks.py", "engine/test_scheduler.py", "engine/test_step.py"),
     ),
     "sampling": Room(
-        ("minqwen/sampling/draw.py", "minqwen/sampling/params.py", "minqwen/sampling/stopping.py")
-        + (
-            "minqwen/sampling/warp.py",
-            "minqwen/sampling/kernels.py",
-            "minqwen/sampling/logprobs.py",
-        ),
+        tuple(f"minqwen/sampling/{name}.py" for name in ("draw", "params", "stopping", "warp"))
+        + ("minqwen/sampling/kernels.py", "minqwen/sampling/logprobs.py"),
         ("sampling/test_params.py", "sampling/test_stopping.py", "sampling/test_warp.py")
         + ("sampling/test_logprobs.py", "sampling/test_kernels.py", "sampling/test_draw.py")
         + ("sampling/test_bad_words.py",),

@@ -264,6 +264,20 @@ def test_with_a_tolerance_the_tensors_that_are_not_the_sources_are_named(tmp_pat
     assert done.code == 0 and "note: 1 tensors are not the source's" in done.err
 
 
+def test_no_tolerance_lets_a_nan_pass(tmp_path):
+    plain_source(tmp_path / "a")
+    extend(tmp_path / "a", tmp_path / "b", TO)
+    weights = read(tmp_path / "b")
+    name = next(name for name in weights if name.endswith("o_proj.weight"))
+    slot = next(slot for slot, share in enumerate(TO.shares) if not share)  # it adds nothing
+    weights[name][0, slot * TO.head_dim] = float("nan")
+    config = ModelConfig.from_json(tmp_path / "b")
+    manifest = (tmp_path / "b" / MANIFEST).read_text()
+    write_checkpoint(tmp_path / "n", config, weights.items(), extra_files={MANIFEST: manifest})
+    act = lambda: shrink(tmp_path / "n", tmp_path / "c", tolerance=1e9)
+    refused(act, f"{name} has drifted from its layout in 1 slots", f"{slot}: nan")
+
+
 @pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf"), "0", None, True])
 def test_a_tolerance_is_a_finite_number(tmp_path, tolerance):
     refused(lambda: shrink(tmp_path, tmp_path / "c", tolerance=tolerance), "tolerance is")

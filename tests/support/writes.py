@@ -203,7 +203,7 @@ class Place:
 
 
 def alarm(seconds: float) -> Callable[[], object]:
-    """SIGALRM ends a process that does not handle it, as SIGKILL does, but microseconds are kept."""
+    """SIGALRM ends a process that does not handle it, as SIGKILL does, and comes on time."""
     return lambda: signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
 
 
