@@ -66,6 +66,19 @@ def test_a_file_that_is_not_copied_is_told_in_one_line(tmp_path):
     assert all(line.startswith("warning: ") for line in done.err.splitlines())
 
 
+@pytest.mark.parametrize("target", ["/proc/self/environ", "/etc/passwd", "../secret"])
+def test_extending_copies_no_file_that_a_link_names_elsewhere(tmp_path, target):
+    plain_source(tmp_path / "a")
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "a" / "NOTICE").symlink_to(target)
+    (tmp_path / "a" / "LICENSE").write_text("mine")
+    (tmp_path / "a" / "LICENSE").chmod(0o640)
+    with pytest.warns(UserWarning, match="NOTICE: is a link to .* and is not copied"):
+        extend(tmp_path / "a", tmp_path / "b", TO)
+    assert not os.path.lexists(tmp_path / "b" / "NOTICE")
+    assert (tmp_path / "b" / "LICENSE").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_source_is_not_its_own_target(tmp_path, packed):
     src, wide, link = tmp_path / "a", tmp_path / "b", tmp_path / "link"
