@@ -211,6 +211,8 @@ def check_writable(path: str | Path, flag: str) -> None:
     path = Path(path)
     if path.is_dir():
         problem = "is a directory, expected the name of a file"
+    elif path.exists() and not path.is_file():
+        problem = "is not a regular file, expected the name of one; choose another"
     elif not path.parent.is_dir():
         problem = f"has no directory to lie in ({path.parent}); create that, or choose another"
     elif not os.access(path if path.exists() else path.parent, os.W_OK):

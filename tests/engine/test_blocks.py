@@ -282,3 +282,16 @@ def test_after_starting_over_all_is_computed_again_in_the_old_order():
     uncached = Scheduler(BlockPool(9, 2, enable_prefix_caching=False), 2, 9)
     uncached.start_over(shares_prefixes=True)
     assert not uncached.shares_prefixes
+
+
+def test_a_full_block_is_registered_with_its_own_tokens_after_the_one_before():
+    scheduler = Scheduler(BlockPool(6, 2), max_num_seqs=1, max_num_batched_tokens=3)
+    only = queued(scheduler, 1, 5)
+    scheduler.schedule()
+    scheduler.computed(only, 3)
+    assert [record.tokens for record in only.records] == [(100, 101)]
+    scheduler.schedule()
+    scheduler.computed(only, 2)
+    first, second = only.records
+    assert second.tokens == (102, 103) and second.parent == first.serial and first.parent == -1
+    assert [scheduler.pool.content[block] for block in only.blocks[:2]] == [first, second]
