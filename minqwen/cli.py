@@ -219,6 +219,8 @@ def check_writable(path: str | Path, flag: str) -> None:
     path = Path(path)
     if path.is_dir():
         problem = "is a directory, expected the name of a file"
+    elif path.exists() and not path.is_file():
+        problem = "is not a regular file, expected the name of one; choose another"
     elif not path.parent.is_dir():
         problem = f"has no directory to lie in ({path.parent}); create that, or choose another"
     elif not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -289,8 +291,8 @@ def run(main: Callable[[], int | None], exact: bool = False) -> None:
     """Run a command line: a user's mistake is one line on stderr, from one rank; exit code 2.
 
     After Ctrl-C it is 130, after SIGTERM 143, and what is finished is written. What it prints is
-    printable (`Shown`). exact: on a terminal only, since what goes to a file or to another program
-    is a model's own text.
+    printable (`Shown`). exact: on a terminal only. What goes to a file or to another program is a
+    model's own text.
     """
     forget_tools()
     end_on_signals()

@@ -264,6 +264,7 @@ def _unreadable(path: Path, reason: object, error: type[MinqwenError]) -> Minqwe
 
 def write_text(path: Path, text: str, error: type[MinqwenError]) -> None:
     """Write a file in one step: a reader sees the old text or the new one, never a part of it."""
+    check_replaceable_file(path, error)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,6 +275,12 @@ def write_text(path: Path, text: str, error: type[MinqwenError]) -> None:
             temporary.unlink()
         text = f"cannot be written ({e.strerror or e}), expected a writable directory"
         raise _bad(path, f"{text}; choose another", error) from None
+
+
+def check_replaceable_file(path: Path, error: type[MinqwenError]) -> None:
+    """Raise `error` if something is there that is no file: whoever may could replace /dev/null."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise _bad(path, "is not a regular file, expected the name of one; choose another", error)
 
 
 @contextlib.contextmanager

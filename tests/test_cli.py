@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -111,7 +112,13 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "old").write_text("")
     check_writable(tmp_path / "old", "--json")
     assert not (tmp_path / "new").exists()
-    for path, problem in ((tmp_path, "is a directory"), (tmp_path / "a" / "b", "no directory")):
+    os.mkfifo(tmp_path / "pipe")
+    for path, problem in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "a" / "b", "no directory"),
+        (tmp_path / "pipe", "is not a regular file"),
+        (Path("/dev/null"), "is not a regular file"),
+    ):
         with pytest.raises(MinqwenError, match=f"--json .*{problem}"):
             check_writable(path, "--json")
 

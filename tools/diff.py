@@ -21,6 +21,7 @@ from minqwen import Checkpoint, Tokenizer  # before torch, for Ctrl-C
 # isort: split
 from minqwen.cli import Parser, check_writable, run
 from minqwen.errors import MinqwenError, TokenizerError
+from minqwen.files import write_text
 from minqwen.lab.diff.diagnosis import examine, named_tokens
 from minqwen.lab.diff.diff import Report, UnknownPrompt, as_json, refused_as_json
 from minqwen.lab.diff.dumps import Dump
@@ -80,13 +81,13 @@ def main() -> int:
         report = compared(args)
     except MinqwenError as error:
         if args.json is not None:
-            Path(args.json).write_text(refused_as_json(str(error)))
+            write_text(Path(args.json), refused_as_json(str(error)), MinqwenError)
         raise
     if args.json is not None:
-        Path(args.json).write_text(as_json(report))
+        write_text(Path(args.json), as_json(report), MinqwenError)
     if args.html is not None:
         title = f"{Path(args.candidate).name} against {Path(args.pack).name}"
-        Path(args.html).write_text(as_html(report, title, text_of(args)), encoding="utf-8")
+        write_text(Path(args.html), as_html(report, title, text_of(args)), MinqwenError)
     print(as_text(report))
     return 0 if report.verdict == "agree" else 1
 

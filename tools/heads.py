@@ -31,7 +31,7 @@ from minqwen.checks import integer
 from minqwen.cli import EMBEDDED, Parser, check_writable, read_flag, run
 from minqwen.commands import as_called_here
 from minqwen.errors import HeadsError, MinqwenError, TokenizerError
-from minqwen.files import check_directory
+from minqwen.files import check_directory, write_text
 from minqwen.heads import adapter, convert, packed
 from minqwen.heads.layout import RECIPES, derived_head_dim, extended_config, layout, slot_map
 from minqwen.heads.manifest import MANIFEST, read_manifest
@@ -380,9 +380,9 @@ def read_ids(model: str, text: str | None, max_tokens: int) -> Tensor:
 
 def write(flag: str, file: str, text: str) -> None:
     try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MinqwenError(f"{flag} {file}: could not be written ({error})") from None
+        write_text(Path(file), text, MinqwenError)
+    except MinqwenError as error:
+        raise MinqwenError(f"{flag} {error}") from None
 
 
 # ---- demo ----------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ from minqwen import Checkpoint, Mesh, ModelConfig  # before torch, for Ctrl-C
 
 # isort: split
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from minqwen.checkpoint.tensor_file import save_tensors
 from minqwen.checks import dtype_name
 from minqwen.cli import (
     Parser,
@@ -163,7 +163,7 @@ def save(args: argparse.Namespace) -> None:
     check_writable(args.out, "OUT.safetensors")
     traced = compute(args)
     if is_first_rank():
-        save_file(dict(traced.seen), args.out, metadata=metadata(traced, args))
+        save_tensors(Path(args.out), traced.seen, MinqwenError, metadata(traced, args))
 
 
 def metadata(traced: Traced, args: argparse.Namespace) -> dict[str, str]:

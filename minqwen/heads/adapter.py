@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minqwen.checkpoint.companions import copy_companions
+from minqwen.checkpoint.tensor_file import save_tensors
 from minqwen.errors import HeadsError
 from minqwen.files import check_regular, quoted, read_json_object, replacing_directory
 from minqwen.heads.layout import Layout
@@ -103,7 +104,7 @@ def extend_adapter(
     with replacing_directory(destination, HeadsError) as directory:
         copy_companions(source, directory, omit={ADAPTER, ADAPTER_CONFIG})
         (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(extended, directory / ADAPTER, metadata={"format": "pt"})
+        save_tensors(directory / ADAPTER, extended, HeadsError)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -45,9 +45,10 @@ the ranks hold parts of each point.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -252,11 +253,13 @@ class Writer:
             self.dtype = str(next(x.dtype for x in tensors.values() if x.is_floating_point()))
         if self.sizes.rank > 0:
             tensors = {name: x for name, x in tensors.items() if _point(name) in SPLIT}
-        save_file(tensors, self.path / self._file(self.passes))
+        with _in_one_step(self.path / self._file(self.passes)) as temporary:
+            save_file(tensors, temporary)
         self.passes += 1
         if self.sizes.rank == 0:
             text = json.dumps(self._described(), indent=2) + "\n"
-            (self.path / "dump.json").write_text(text, encoding="utf-8")
+            with _in_one_step(self.path / "dump.json") as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def _file(self, number: int) -> str:
         if self.sizes.ranks == 1:
@@ -453,6 +456,17 @@ class Pass:
         if parts:
             self.tensors["logits"] = torch.cat(parts)
         return self.tensors
+
+
+@contextmanager
+def _in_one_step(path: Path) -> Iterator[Path]:
+    """A file to write that becomes `path` at once: no reader finds a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _place(rows: Tensor, final: Tensor) -> int:

@@ -49,6 +49,7 @@ QWEN2_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PRECOMPILED = re.compile(rb'"type"\s*:\s*"Precompiled"')
+_AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
 SPACE = "\u2581"  # how sentencepiece spells a space
 
 
@@ -205,6 +206,12 @@ class ByteLevelBPE:
             raise TokenizerError(
                 f"{path}: its normalizer is Precompiled, expected one of a byte-level tokenizer, "
                 "as Qwen2's; take another tokenizer"
+            )
+        affix = _AFFIX.search(data)
+        if affix:  # tokens then have letters that no text has
+            raise TokenizerError(
+                f"{path}: {affix[1].decode()} is not null, expected a byte-level tokenizer, as "
+                "Qwen2's, which has none; take another tokenizer"
             )
         backend = cls(_made_from(path, lambda: tokenizers.Tokenizer.from_buffer(data)), path)
         if any(backend.library.id_to_token(id) is None for id in range(backend.size)):

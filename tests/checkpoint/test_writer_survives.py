@@ -202,6 +202,18 @@ def test_a_journal_without_its_weight_files_is_not_believed(tmp_path):
     assert_holds(tmp_path / "c", weights(config))
 
 
+def test_the_journal_names_what_is_on_the_disk_and_half_a_line_is_none(tmp_path):
+    config = tiny()
+    names = list(weights(config))
+    interrupted(tmp_path / "c", config, 9, "name")
+    journal = tmp_path / ".c.tmp-name" / ".written"
+    assert journal.read_text() == "".join(f"{name}\n" for name in names[:9])
+    with journal.open("a") as file:
+        file.write(names[9])  # the writer was killed before it wrote the end of the line
+    assert interrupted(tmp_path / "c", config, 99, "name") == set(names[9:])
+    assert_holds(tmp_path / "c", weights(config))
+
+
 def test_wrong_content_leaves_nothing_to_go_on_from(tmp_path):
     wrong = [(Q0, torch.zeros(1))]
     act = lambda: write_checkpoint(tmp_path / "c", tiny(), lambda done: wrong, resume="name")

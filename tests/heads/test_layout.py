@@ -41,6 +41,18 @@ def test_split_halves_a_head_as_often_as_it_is_copied():
     assert to.shares == (0.25, 0.5, 0.25) * 2
 
 
+def test_more_new_slots_than_heads_begin_again_with_the_groups_first_head():
+    config, _ = random_model(6, 3)  # two heads in a group
+    assert layout(config, 12).heads == (0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5)
+    assert layout(config, 15).heads[:5] == (0, 1, 0, 1, 0)
+
+
+def test_weighted_gives_alpha_to_a_heads_own_slot_and_the_rest_to_the_new_one():
+    config, _ = random_model(2, 2)
+    to = layout(config, 4, recipe="weighted", alpha=0.75)
+    assert to.heads == (0, 0, 1, 1) and to.shares == (0.75, 0.25) * 2
+
+
 @pytest.mark.parametrize("counts", [(30, None), (28, 3), (28, 8), (None, 2), (0, None), (-4, 4)])
 def test_counts_that_cannot_work_are_refused(counts):
     with pytest.raises(HeadsError):

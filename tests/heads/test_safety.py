@@ -66,6 +66,19 @@ def test_a_file_that_is_not_copied_is_told_in_one_line(tmp_path):
     assert all(line.startswith("warning: ") for line in done.err.splitlines())
 
 
+@pytest.mark.parametrize("target", ["/proc/self/environ", "/etc/passwd", "../secret"])
+def test_extending_copies_no_file_that_a_link_names_elsewhere(tmp_path, target):
+    plain_source(tmp_path / "a")
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "a" / "NOTICE").symlink_to(target)
+    (tmp_path / "a" / "LICENSE").write_text("mine")
+    (tmp_path / "a" / "LICENSE").chmod(0o640)
+    with pytest.warns(UserWarning, match="NOTICE: is a link to .* and is not copied"):
+        extend(tmp_path / "a", tmp_path / "b", TO)
+    assert not os.path.lexists(tmp_path / "b" / "NOTICE")
+    assert (tmp_path / "b" / "LICENSE").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_source_is_not_its_own_target(tmp_path, packed):
     src, wide, link = tmp_path / "a", tmp_path / "b", tmp_path / "link"
@@ -262,6 +275,20 @@ def test_with_a_tolerance_the_tensors_that_are_not_the_sources_are_named(tmp_pat
         "heads.py", "shrink", tmp_path / "trained", tmp_path / "e", "--tolerance", 0.1
     )
     assert done.code == 0 and "note: 1 tensors are not the source's" in done.err
+
+
+def test_no_tolerance_lets_a_nan_pass(tmp_path):
+    plain_source(tmp_path / "a")
+    extend(tmp_path / "a", tmp_path / "b", TO)
+    weights = read(tmp_path / "b")
+    name = next(name for name in weights if name.endswith("o_proj.weight"))
+    slot = next(slot for slot, share in enumerate(TO.shares) if not share)  # it adds nothing
+    weights[name][0, slot * TO.head_dim] = float("nan")
+    config = ModelConfig.from_json(tmp_path / "b")
+    manifest = (tmp_path / "b" / MANIFEST).read_text()
+    write_checkpoint(tmp_path / "n", config, weights.items(), extra_files={MANIFEST: manifest})
+    act = lambda: shrink(tmp_path / "n", tmp_path / "c", tolerance=1e9)
+    refused(act, f"{name} has drifted from its layout in 1 slots", f"{slot}: nan")
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf"), "0", None, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -242,6 +243,17 @@ def test_two_prompts_at_once_are_refused(hf, tmp_path):
 def test_a_directory_with_a_dump_is_refused(hf, ids, tmp_path):
     run(hf, tmp_path, ids)
     refused(lambda: run(hf, tmp_path, ids), str(tmp_path), "holds a dump already")
+
+
+def test_a_file_of_a_pass_is_there_whole_or_not_at_all(hf, ids, tmp_path, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("minqwen.lab.dump.save_file", full)
+    with pytest.raises(OSError, match="no space"), dump(hf, tmp_path):
+        hf(ids)
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_pass_is_an_error_but_not_after_another_error(hf, tmp_path):

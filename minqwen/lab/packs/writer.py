@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minqwen.checkpoint import Checkpoint
 from minqwen.checkpoint.embedded import EMBEDDED
+from minqwen.checkpoint.tensor_file import save_tensors
 from minqwen.checks import integer
 from minqwen.config import ModelConfig
 from minqwen.errors import PackError
@@ -153,7 +153,7 @@ class Writer:
             if self.top_k is not None:
                 self._cut_logits(n, tensors)
             metadata = {"format": "pt", "run": run.name, "prompt": str(n)}
-            save_file(tensors, self.directory / file_name(run.name, n), metadata=metadata)
+            save_tensors(self.directory / file_name(run.name, n), tensors, PackError, metadata)
             told.append({"tensors": entries(tensors), "logit_rows": rows})
         self.runs[run.name] = {
             "dtype": run.dtype,

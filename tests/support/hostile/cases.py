@@ -541,6 +541,12 @@ for _name, _change, _words in (
     ("no decoder", edit(TOKENIZER, decoder=None), ("decoder",)),
     ("nothing that spells bytes", edit(TOKENIZER, pre_tokenizer=None), ("0 times",)),
     ("bytes spelled twice", edit(TOKENIZER, normalizer={"type": "ByteLevel"}), ("2 times",)),
+    ("an end of words", edit(TOKENIZER, model__end_of_word_suffix="</w>"), ("end_of_word_suffix",)),
+    (
+        "a prefix within words",
+        edit(TOKENIZER, model__continuing_subword_prefix="##" * 99),
+        ("continuing_subword_prefix",),
+    ),
     ("dropout", edit(TOKENIZER, model__dropout=0.5), ("dropout is 0.5",)),
     (
         "a broken expression",

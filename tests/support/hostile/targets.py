@@ -274,7 +274,13 @@ def weights_as_written(path: Path, read: dict[str, Any], before: Any) -> str | N
 
 
 def text_is_kept(path: Path, read: list[str], before: list[str]) -> str | None:
-    """White space aside where the file asks for some before a text, or drops it around a token."""
+    """White space aside where the file asks for some before a text, or drops it around a token.
+
+    A normalizer may make another text of it.
+    """
+    file = path / TOKENIZER
+    if file.exists() and _json(file).get("normalizer"):
+        return None
     data = b"".join(file.read_bytes() for file in path.glob("tokenizer*.json"))
     moves_space = re.search(rb'"(add_prefix_space|[lr]strip)": *true', data) is not None
     for text, back in zip(TEXTS, read, strict=True):
