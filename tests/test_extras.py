@@ -30,6 +30,7 @@ SOURCES = [
 # tools/evaluate.py.
 GUARDED = (
     "minqwen/serve/",
+    "minqwen/sampling/grammar_program.py",
     "minqwen/sampling/text_check.py",
     "minqwen/lab/evaluate.py",
     "minqwen/lab/harness.py",

@@ -17,6 +17,7 @@ ROOMS = [
     ["errors"],
     ["files"],
     ["checks"],
+    ["confined"],
     ["config"],
     ["tokenizer"],
     ["watch"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import secrets
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ from minqwen.model.trace import Hook, Names, select, select_hooks
 from minqwen.parallel import Mesh
 from minqwen.sampling.draw import bad_word_ids
 from minqwen.sampling.params import SamplingParams
-from minqwen.sampling.structured import Constraint, ConstraintCompiler
+from minqwen.sampling.structured import SECONDS, Constraint, ConstraintCompiler
 from minqwen.tokenizer import IncrementalDecoder, Tokenizer
 from minqwen.tokenizer.chat import KEYWORDS, refuse_unknown
 
@@ -126,7 +127,8 @@ class LLM:
         self._arrivals = itertools.count()
         self._seeds = itertools.count(self._entropy() if seed is None else seed)
         self._hooks: list[tuple[set[str], Hook]] = []  # of the requests that are added now
-        self._compiler: ConstraintCompiler | None = None  # made when first needed
+        self._compiler: ConstraintCompiler | None = None  # made when first needed, by any thread
+        self._making_compiler = threading.Lock()
         # Deltas go to the list of whoever waits for their request, or here, for `step`.
         self._unread: list[Delta] = []
         self._mailboxes: dict[str, list[Delta]] = {}
@@ -384,6 +386,16 @@ class LLM:
         self.core.add(request)
         return request.request_id
 
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Have a request's grammar compiled, so that `add_request` need not wait for it.
+
+        Any thread may call this, also while another one makes steps. The grammar may take half of
+        the time that `add_request` gives it, so that no rank refuses there what was taken here.
+        Raises SamplingError.
+        """
+        if params.structured_outputs is not None:
+            self._grammar_compiler().check(params.structured_outputs, SECONDS / 2)
+
     def abort(self, request_id: str) -> None:
         """Drop a request, free its blocks, forget what is new of it. Unknown ids are no error."""
         if not isinstance(request_id, str):
@@ -566,14 +578,19 @@ class LLM:
         """What follows the grammar, for each of the n completions; None where there is none."""
         if params.structured_outputs is None:
             return [None] * params.n
-        if self._compiler is None:
-            self._compiler = ConstraintCompiler(
-                self._need_tokenizer("structured_outputs"),
-                self.config.vocab_size,
-                self.defaults.eos_token_ids,
-            )
         grammar, stops = params.structured_outputs, params.stop_token_ids
-        return [self._compiler.constraint(grammar, stops) for _ in range(params.n)]
+        compiler = self._grammar_compiler()
+        return [compiler.constraint(grammar, stops) for _ in range(params.n)]
+
+    def _grammar_compiler(self) -> ConstraintCompiler:
+        with self._making_compiler:
+            if self._compiler is None:
+                self._compiler = ConstraintCompiler(
+                    self._need_tokenizer("structured_outputs"),
+                    self.config.vocab_size,
+                    self.defaults.eos_token_ids,
+                )
+            return self._compiler
 
     def _prompt_ids(self, prompt: Read) -> list[int]:
         """A prompt's token ids, checked."""

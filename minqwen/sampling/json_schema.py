@@ -46,7 +46,8 @@ IN_NEGATED = {r"\w": LETTERS, r"\d": r"\p{Nd}", "[": r"\["}
 DEL = re.compile(r"\x7f|\\x7f|\\u007f", re.IGNORECASE)
 POSSESSIVE = re.compile(r"[*+?}]\+")
 MOST_SCHEMAS = 10_000  # of so many jsonschema's check takes about three seconds
-TOO_DEEP = "{} is nested too deeply: give it fewer levels"
+MOST_LEVELS = 100  # of lists and objects inside each other; llguidance reads 128
+TOO_DEEP = f"{{}} is nested too deeply: give it at most {MOST_LEVELS} levels"
 
 
 def read_schema(where: str, value: Any) -> dict[str, Any]:
@@ -55,8 +56,12 @@ def read_schema(where: str, value: Any) -> dict[str, Any]:
         schema = json_library.loads(value) if isinstance(value, str) else value
         # This finds what is no JSON: NaN, a set, a lone surrogate, a dict that contains itself.
         json_library.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise SamplingError(TOO_DEEP.format(where)) from None
+    except (TypeError, ValueError) as error:
         raise SamplingError(f"{where} is not JSON: {error}") from None
+    if nesting(schema) > MOST_LEVELS:
+        raise SamplingError(TOO_DEEP.format(where))
     if not isinstance(schema, dict):
         raise _wrong(where, schema, "a schema (an object)")
     try:
@@ -65,6 +70,19 @@ def read_schema(where: str, value: Any) -> dict[str, Any]:
     except RecursionError:
         raise SamplingError(TOO_DEEP.format(where)) from None
     return schema
+
+
+def nesting(value: Any) -> int:
+    """How many lists and objects are inside each other at most."""
+    levels, inside = 0, [value]
+    while inside := [item for item in inside if isinstance(item, (dict, list, tuple))]:
+        levels += 1
+        inside = [
+            item for held in inside for item in (held.values() if isinstance(held, dict) else held)
+        ]
+        if levels > MOST_LEVELS:
+            break
+    return levels
 
 
 def _wrong(where: str, value: object, expected: str) -> Exception:

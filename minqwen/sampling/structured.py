@@ -9,6 +9,8 @@ property's name cannot get round the schema.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json as json_library
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minqwen.checks import refuse_unknown_fields, wrong
+from minqwen.confined import Confined, Gone
 from minqwen.errors import SamplingError, TokenizerError
 from minqwen.files import printable
+from minqwen.sampling import grammar_program
 from minqwen.sampling.json_schema import ROOT, at, every_part, for_grammar, read_schema
 from minqwen.sampling.text_check import text_check
 from minqwen.tokenizer import Tokenizer
@@ -29,6 +33,10 @@ from minqwen.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+MOST_CHARACTERS = 1 << 18  # of a schema, a regex, a grammar, or all choices
+MOST_CHOICES = 1000  # llguidance follows 2,000 alternatives at most
+SECONDS = 2.0  # of processor time that a grammar may take to be compiled
+MOST_COMPILED = 1000  # grammars of which it is remembered that they can be compiled
 _ONE_WAY = "there is only one way here, leave it out"
 # Fields of vLLM's class, and what to do instead.
 OF_OTHERS = {
@@ -97,18 +105,40 @@ def _text(where: str, value: Any) -> str:
         raise _wrong(where, value, "a non-empty string")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise _wrong(where, value, "a string without half of a surrogate pair")
+    _check_size(where, len(value))
     return value
+
+
+def _check_size(where: str, characters: int) -> None:
+    if characters > MOST_CHARACTERS:
+        raise SamplingError(
+            f"{where} has {characters:,} characters: expected at most {MOST_CHARACTERS:,}"
+        )
 
 
 def _choices(where: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not value:
         raise _wrong(where, value, "a list of non-empty strings")
+    if len(value) > MOST_CHOICES:
+        raise SamplingError(
+            f"{where} has {len(value):,} strings: expected at most {MOST_CHOICES:,}; "
+            "a regex may have more alternatives"
+        )
+    _check_size(where, sum(len(item) for item in value if isinstance(item, str)))
     return tuple(_text(f"an item of {where}", item) for item in value)
+
+
+def _schema(where: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        _check_size(where, len(value))
+    schema = read_schema(where, value)
+    _check_size(where, len(json_library.dumps(schema, ensure_ascii=False)))
+    return schema
 
 
 # What each field of StructuredOutputs must be: it is replaced by what its check returns.
 CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "json": read_schema,
+    "json": _schema,
     "regex": _text,
     "choice": _choices,
     "grammar": _text,
@@ -168,7 +198,9 @@ class _Vocabulary:
 class ConstraintCompiler:
     """Makes constraints for one tokenizer and model.
 
-    Make one and keep it: at 150,000 tokens that takes some seconds. vocab_size: the logits' width;
+    Every grammar is first compiled in a process of its own, where it can do no harm, and here only
+    if that went well: see `check`. Make one compiler and keep it: at 150,000 tokens that takes some
+    seconds. vocab_size: the logits' width;
     the tokenizer may have fewer tokens, or more, which are then never written. Raises SamplingError
     if the extra [json] is not installed, or if the model has no token that ends a text.
     """
@@ -188,82 +220,105 @@ class ConstraintCompiler:
                 f"in config.json to an id below {vocab_size}"
             )
         self.vocab_size = vocab_size
+        self.confined = Confined(grammar_program.__file__, "compiled")
+        with contextlib.suppress(Gone):  # then `check` says why
+            self.confined.start()  # it imports llguidance while the vocabulary is read here
+        self.compiled: dict[bytes, None] = {}  # digests of grammars that were; the newest last
         vocabulary = _Vocabulary(tokenizer, vocab_size, self.eos_token_ids[0])
         wrapper = llguidance.TokenizerWrapper(vocabulary)
         self.tokenizer = llguidance.LLTokenizer(wrapper, eos_token=list(self.eos_token_ids))
-        self.bytes = llguidance.LLTokenizer("byte")  # 256 tokens, one for each byte
+        self.special = {
+            i: vocabulary.tokens[i].decode("latin-1") for i in vocabulary.special_token_ids
+        }
         self.matcher_class = llguidance.LLMatcher
+        self.limits = llguidance.LLParserLimits(**grammar_program.LIMITS)
 
     def constraint(self, spec: StructuredOutputs, stop_token_ids: Sequence[int] = ()) -> Constraint:
         """A constraint at the beginning of a text. Raises SamplingError if the grammar is bad."""
-        check = self._check(spec)
-        where = f"structured_outputs.{'json' if spec.json_object else spec.kind}"
+        self.check(spec)
+        where = _where(spec)
         try:
-            matcher, why = self._matcher(self._grammar(spec))
+            matcher = self.matcher_class(
+                self.tokenizer, self._grammar(spec), log_level=0, limits=self.limits
+            )
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # llguidance's; it is no Exception
                 raise
-            matcher, why = None, f"llguidance fails: {error}"
-        if matcher is None:
-            raise SamplingError(f"{where}: {' '.join(why.split())[:300]}")
+            raise SamplingError(f"{where}: llguidance fails: {_in_short(str(error))}") from None
+        if matcher.is_error():
+            raise SamplingError(f"{where}: {_in_short(matcher.get_error())}")
         constraint = Constraint(
-            matcher, self.vocab_size, (*self.eos_token_ids, *stop_token_ids), check
+            matcher, self.vocab_size, (*self.eos_token_ids, *stop_token_ids), _text_check(spec)
         )
         if not constraint.allowed().any():
             raise SamplingError(f"{where}: no text fits, not even its first token can be written")
         return constraint
 
-    def _matcher(self, grammar: str) -> tuple[LLMatcher | None, str]:
-        """A matcher at the beginning of a text, or None and why there is none."""
-        is_wrong, messages = self.matcher_class.validate_grammar_with_warnings(
-            grammar, self.tokenizer
-        )
-        if is_wrong:
-            return None, messages[0]
-        matcher = self.matcher_class(self.tokenizer, grammar, log_level=0)
-        return (None, matcher.get_error()) if matcher.is_error() else (matcher, "")
+    def check(self, spec: StructuredOutputs, seconds: float = SECONDS) -> None:
+        """Have a grammar compiled where it can do no harm, once. Raises SamplingError.
 
-    def _check(self, spec: StructuredOutputs) -> Callable[[str], None]:
-        """What a finished text must pass. Raises SamplingError for a schema that is wrong."""
-        if isinstance(spec.json, dict):
-            check = text_check(spec.json)
-            self._check_patterns(spec.json)
-            return check
-        return text_check({"type": "object"}) if spec.json_object else lambda text: None
+        It may take so many seconds of processor time there, and a gigabyte. Any thread may ask.
+        """
+        value = json_library.dumps([spec.kind, getattr(spec, spec.kind)])
+        digest = hashlib.sha256(value.encode()).digest()
+        if digest in self.compiled:
+            return
+        schema = spec.json if isinstance(spec.json, dict) else None
+        parts = list(self._patterns(schema)) if schema is not None else []
+        question = {
+            "schema": schema,
+            "begins": [[self._json_grammar(part), text] for part, text, _ in parts],
+            "grammar": self._grammar(spec),
+            "size": self.vocab_size,
+            "special": self.special,
+            "ends": self.eos_token_ids,
+        }
+        self._judge(_where(spec), parts, question, seconds)
+        self.compiled[digest] = None
+        for old in list(self.compiled)[:-MOST_COMPILED]:
+            self.compiled.pop(old, None)
 
-    def _check_patterns(self, schema: dict[str, Any]) -> None:
-        """Refuses patterns of which nothing can be written: where they come, no token is left.
+    def _judge(
+        self,
+        where: str,
+        parts: list[tuple[Any, str, str]],
+        question: dict[str, Any],
+        seconds: float,
+    ) -> None:
+        """Raise SamplingError for what is wrong with a grammar."""
+        try:
+            answer = self.confined.ask(question, seconds)
+        except Gone as gone:
+            raise SamplingError(f"{where} cannot be compiled: {gone}; make it simpler") from None
+        if answer["schema"] is not None:
+            path, message = answer["schema"]
+            raise SamplingError(printable(f"{at(ROOT, *path)}: {message}")[:300])
+        for (_, _, why), can_begin in zip(parts, answer["begins"]):
+            if not can_begin:
+                raise SamplingError(printable(why))
+        if answer["why"] is not None:
+            raise SamplingError(f"{where}: {_in_short(answer['why'])}")
 
-        A string cannot hold a control character, and a name that is declared is not one of
-        patternProperties'. That this happens with names of another part of the schema is possible,
-        because parts are merged.
+    def _patterns(self, schema: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+        """What must be possible for each of the schema's patterns, or it cannot be written.
+
+        A schema, how a text that fits it must be able to begin, and what is said if it cannot. A
+        string cannot hold a control character, and a name that is declared is not one of
+        patternProperties'. Where such a pattern comes no token is left. That this happens with
+        names of another part of the schema is possible, because parts are merged.
         """
         places = list(every_part(schema, ROOT))
         taken = dict.fromkeys((name for _, part in places for name in _names(part)), False)
         for where, part in places:
-            if not self._has_string(part):
-                raise SamplingError(printable(f"{at(where, 'pattern')}: no string fits it"))
+            words = {word: part[word] for word in STRING_WORDS if word in part}
+            if "pattern" in words:
+                why = f"{at(where, 'pattern')}: no string fits it"
+                yield {"type": "string", **words}, '"', why
             for pattern in part.get("patternProperties", {}):
-                if not self._has_name(pattern, taken):
-                    where = at(where, "patternProperties", pattern)
-                    why = "no name is left for it, beside those that are declared: leave it out"
-                    raise SamplingError(printable(f"{where}: {why}"))
-
-    def _has_string(self, schema: dict[str, Any]) -> bool:
-        """Whether a string can be written that has the schema's pattern, if it has one."""
-        words = {word: schema[word] for word in STRING_WORDS if word in schema}
-        return "pattern" not in words or self._can_begin({"type": "string", **words}, '"')
-
-    def _has_name(self, pattern: str, taken: dict[str, bool]) -> bool:
-        """Whether a name can be written that has the pattern; taken: {name: False}."""
-        words = {"patternProperties": {pattern: True}, "additionalProperties": False}
-        return self._can_begin({"type": "object", "properties": taken, **words}, '{"')
-
-    def _can_begin(self, schema: dict[str, Any], text: str) -> bool:
-        """Whether a text that fits the schema can begin like this; True for a bad schema."""
-        matcher = self.matcher_class(self.bytes, self._json_grammar(schema), log_level=0)
-        ids = list(text.encode())
-        return matcher.is_error() or matcher.try_consume_tokens(ids) == len(ids)
+                why = "no name is left for it, beside those that are declared: leave it out"
+                why = f"{at(where, 'patternProperties', pattern)}: {why}"
+                names = {"patternProperties": {pattern: True}, "additionalProperties": False}
+                yield {"type": "object", "properties": taken, **names}, '{"', why
 
     def _grammar(self, spec: StructuredOutputs) -> str:
         """In llguidance's own language."""
@@ -291,6 +346,24 @@ class ConstraintCompiler:
                 "coerce_one_of": False,
             },
         )
+
+
+def _where(spec: StructuredOutputs) -> str:
+    return f"structured_outputs.{'json' if spec.json_object else spec.kind}"
+
+
+def _in_short(why: str) -> str:
+    """llguidance's reason in one line, without what follows of its own state."""
+    return " ".join(why.partition("<state>")[0].split())[:300]
+
+
+def _text_check(spec: StructuredOutputs) -> Callable[[str], None]:
+    """What a finished text must pass. The schema itself has been checked."""
+    if isinstance(spec.json, dict):
+        return text_check(spec.json, checked=True)
+    if spec.json_object:
+        return text_check({"type": "object"}, checked=True)
+    return lambda text: None
 
 
 def _names(schema: dict[str, Any]) -> Iterator[str]:
@@ -353,5 +426,5 @@ class Constraint:
 
     def _reason(self) -> str:
         """llguidance's reason for refusing a token, in one line, if it gives one."""
-        why = " ".join(self.matcher.get_error().partition("<state>")[0].split())[:200]
+        why = _in_short(self.matcher.get_error())[:200]
         return f": {why}" if why else ""

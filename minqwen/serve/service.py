@@ -31,9 +31,9 @@ from minqwen.serve.tool_calls import forced_calls, message_for_template, tools_f
 class Service:
     """One model for many clients.
 
-    The LLM's engine belongs to the thread that runs `loop`; here only its tokenizer and its sizes
-    are used. fingerprint: of the weights and the arithmetic, in every answer. seed: as in
-    `EngineLoop`.
+    The LLM's engine belongs to the thread that runs `loop`; here only its tokenizer, its compiler
+    of grammars and its sizes are used. fingerprint: of the weights and the arithmetic, in every
+    answer. seed: as in `EngineLoop`.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Service:
         """The jobs of a request to /v1/completions, and what will write its answer."""
         self.check_model(body.model)
         params = completion_params(body, self.llm.defaults, self.limits)
+        self.llm.check_grammar(params)
         prompts, texts = self.prompts(body, self.longest_prompt(params))
         heading = Heading.new("cmpl", self.name, self.fingerprint)
         call = Completions(body, heading, self.tokenizer, prompts, texts)
@@ -72,6 +73,7 @@ class Service:
         check_grammar_size("tools", body.tools or "", self.limits)
         tools = tools_for_template(body)
         params = chat_params(body, self.llm.defaults, self.limits, forced_calls(body))
+        self.llm.check_grammar(params)
         longest = self.longest_prompt(params)
         prompt = self.chat_ids(body, tools, longest) + self.begun_answer(body, longest)
         self.check_ids("messages", prompt, longest)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -166,14 +165,13 @@ def test_what_would_leave_no_token_is_refused_with_its_place(writer, schema, whe
 def test_a_panic_of_llguidance_is_told_in_one_line(writer, monkeypatch):
     panic = type("PanicException", (BaseException,), {})  # pyo3's is no Exception either
 
-    def fails(*_):
-        raise panic("called `Option::unwrap()`\non a `None` value")
+    class Fails:
+        grammar_from_json_schema = staticmethod(LLMatcher.grammar_from_json_schema)
 
-    fake = SimpleNamespace(
-        grammar_from_json_schema=LLMatcher.grammar_from_json_schema,
-        validate_grammar_with_warnings=fails,
-    )
-    monkeypatch.setattr(writer.compiler, "matcher_class", fake)
+        def __init__(self, *_, **__):
+            raise panic("called `Option::unwrap()`\non a `None` value")
+
+    monkeypatch.setattr(writer.compiler, "matcher_class", Fails)
     with pytest.raises(SamplingError) as error:
         writer.begin({"type": "null"})
     expected = (
