@@ -11,7 +11,13 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -87,13 +93,13 @@ def add_page(app: FastAPI) -> None:
 
 
 def add_generation(app: FastAPI, service: Service, guarded: Sequence[Any]) -> None:
-    @app.post("/v1/completions", dependencies=guarded, responses=REFUSALS)
+    @app.post("/v1/completions", dependencies=guarded, responses=ANSWERS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete one prompt or several."""
         call, jobs = await run_in_threadpool(service.completions, body)
         return await answered(service, request, call, jobs)
 
-    @app.post("/v1/chat/completions", dependencies=guarded, responses=REFUSALS)
+    @app.post("/v1/chat/completions", dependencies=guarded, responses=ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         call, jobs = await run_in_threadpool(service.chat, body)
@@ -137,7 +143,7 @@ def add_state(
         await advances(service, health_seconds)
         return {"status": "ok"}
 
-    @app.get("/metrics", dependencies=guarded, responses=REFUSALS)
+    @app.get("/metrics", dependencies=guarded, responses=REFUSALS, response_class=PlainTextResponse)
     def metrics() -> Response:
         """Prometheus's text."""
         return Response(service.metrics.text(), media_type=PROMETHEUS)
@@ -151,6 +157,13 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     422: {"description": "The engine has ended the request; the message says why"},
     429: {"description": "Too many requests run or wait"},
     503: {"description": "The server is ending, or no step was free in time"},
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, whole or as a stream",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    },
+    **REFUSALS,
 }
 
 

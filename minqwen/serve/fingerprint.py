@@ -25,9 +25,12 @@ def system_fingerprint(weights: str, config: object, arithmetic: str, dtype: obj
     """Of weights (`weights_digest`), the config that runs them, the arithmetic and its dtype.
 
     Under exact arithmetic the same fingerprint, request and seed give the same answer, whoever else
-    is served, on any number of ranks. Under native arithmetic the last bits may differ.
+    is served, on any number of ranks. Under native arithmetic the last bits may differ. What makes
+    no config another one, such as the directory that it was read from, does not count.
     """
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)
-    fields = json.dumps(dataclasses.asdict(config), sort_keys=True, default=str)
+    counting = {field.name for field in dataclasses.fields(config) if field.compare}
+    values = {name: v for name, v in dataclasses.asdict(config).items() if name in counting}
+    fields = json.dumps(values, sort_keys=True, default=str)
     text = "\n".join([weights, fields, arithmetic, str(dtype)])
     return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:LENGTH]

@@ -167,12 +167,15 @@ class EngineLoop:
                 self._drop([request_id], error)
 
     def _take_reports(self, reports: Sequence[Report]) -> None:
-        """Tell the listeners, and count. The reports are in the order of the replicas."""
+        """Count, and tell the listeners, who may look at the numbers at once.
+
+        The reports are in the order of the replicas.
+        """
         self._waiting = [request_id for report in reports for request_id in report.waiting]
         for place, report in enumerate(reports):
+            self.metrics.after_step(place, report.state)
             for event in report.events:
                 self._hear(event)
-            self.metrics.after_step(place, report.state)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, Failed):

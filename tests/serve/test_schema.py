@@ -28,6 +28,9 @@ def test_no_request_is_answered_with_a_5xx(embedded_model, embedded_tokenizer):
             def ask(case) -> None:
                 response = case.call(timeout=120)
                 assert response.status_code < 500, (case.body, response.text)
+                if response.status_code == 200:
+                    told = case.operation.definition.raw["responses"]["200"]["content"]
+                    assert response.headers["content-type"][0].partition(";")[0] in told
                 if response.status_code >= 400:
                     assert "message" in response.json()["error"], response.text
 
