@@ -61,6 +61,13 @@ SQUARE_BITS, WIDTH = 38, 1 << 15
 # float64 numbers for each thread to work on at a time: a chain of operations then stays in a CPU's
 # second-level cache.
 CHUNK = 1 << 15
+# Weights to prepare at a time: on a CPU, for the same reason; on a GPU, or where ranks must meet in
+# every piece, more, for fewer calls.
+PREPARED, PREPARED_TOGETHER, PREPARED_ON_GPU = 1 << 17, 1 << 22, 1 << 24
+# Weights to widen at a time for a product. On a CPU a piece stays in a cache. For many rows it is
+# larger, so that the product is a large one: 16 MB, because malloc keeps pieces below 32 MB, and
+# memory that is new to the process costs more than the conversion.
+WIDENED, WIDENED_FOR_MANY, WIDENED_ON_GPU, MANY = 1 << 18, 1 << 21, 1 << 20, 64
 
 
 # ---- grids --------------------------------------------------------------------------------------
@@ -108,12 +115,16 @@ def snap_below_norm(x: Tensor, bits: int, mesh: Mesh = SINGLE) -> Tensor:
 def snap_in_place(wide: Tensor, bits: int, mesh: Mesh = SINGLE) -> Tensor:
     """`snap_below_norm` of a float64 tensor that may be written to."""
     rows = rows_at_once(wide)
-    top = pow2(mesh.all_reduce(wide.abs().amax(-1, keepdim=True), "max"))
+    work = torch.empty_like(wide[:rows])  # new memory costs more than what is done in it
+    most = wide.new_empty(*wide.shape[:-1], 1)
+    for some, out in zip(wide.split(rows), most.split(rows)):
+        torch.amax(torch.abs(some, out=work[: len(some)]), -1, keepdim=True, out=out)
+    top = pow2(mesh.all_reduce(most, "max"))
     square = torch.empty_like(top)
     for some, unit, total in zip(
         wide.split(rows), (top * 2.0**-19).split(rows), square.split(rows)
     ):
-        snapped = snap(some, unit)
+        snapped = snap(some, unit, out=work[: len(some)])
         torch.sum(snapped.mul_(snapped), -1, keepdim=True, out=total)
     units = root_above(mesh.all_reduce(square) * (1 + 2.0**-8)) * 2.0**-bits
     for some, unit in zip(wide.split(rows), units.split(rows)):
@@ -169,16 +180,18 @@ def exp(x: Tensor) -> Tensor:
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = rows_at_once(x.flatten())
+    work = x.new_empty(3, min(size, x.numel()))
     for some, y in zip(x.flatten().split(size), out.view(-1).split(size)):
-        _exp_into(some, y)
+        _exp_into(some, y, work[:, : len(some)])
     return out
 
 
-def _exp_into(x: Tensor, y: Tensor) -> None:
-    """y = e^x, for one chunk of numbers."""
-    r = x.clamp(-708.0, 709.0)
-    n = (r * LOG2_E).add_(1.5 * 2.0**52)
-    t = n - 1.5 * 2.0**52  # the nearest integer; n holds it in its last bits
+def _exp_into(x: Tensor, y: Tensor, work: Tensor) -> None:
+    """y = e^x, for one chunk of numbers, with three more of that size to work in."""
+    r, n, t = work
+    torch.clamp(x, -708.0, 709.0, out=r)
+    torch.mul(r, LOG2_E, out=n).add_(1.5 * 2.0**52)
+    torch.sub(n, 1.5 * 2.0**52, out=t)  # the nearest integer; n holds it in its last bits
     r.sub_(t, alpha=LN2_HIGH).sub_(t, alpha=LN2_LOW)
     torch.mul(r, r, out=t)
     torch.mul(t, COTH[-1], out=y)
@@ -249,9 +262,10 @@ def log(x: float) -> float:
 class Exact(Native):
     """The operations with order-free sums. Storage float32, bfloat16 or float16; inside, float64.
 
-    widen: keep weights in float64 (8 bytes each). False widens some rows of a matrix at a time, in
-    every call: slower, the same bits. None: widen while that takes at most half of the device's
-    memory.
+    widen: keep weights in float64 (8 bytes each). False keeps them in their dtype and widens some
+    rows of a matrix at a time, in every call: the same bits. None: on a GPU they are kept in
+    float64 while that takes at most half of its memory. On a CPU they are not, because it reads
+    fewer bytes then, and converts them in its cache while it would wait for memory.
     """
 
     name = "exact"
@@ -260,7 +274,7 @@ class Exact(Native):
     can_save = False  # weights are snapped
 
     def __init__(self, widen: bool | None = None):
-        self.widen, self.ranks, self.widened_bytes = widen, 1, 0
+        self.widen, self.widened_bytes = widen, 0
 
     def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64
@@ -272,7 +286,6 @@ class Exact(Native):
             )
         width = max(config.hidden_size, config.intermediate_size, config.q_size)
         within(width, WIDTH, "the widest sum of this model")
-        self.ranks = mesh.size
 
     @torch.no_grad()
     def prepare(self, linears: Sequence[Linear], mesh: Mesh) -> None:
@@ -293,33 +306,36 @@ class Exact(Native):
             self._snap(linear)
 
     def _snap(self, linear: Linear) -> None:
-        """Snap a weight, and keep it in float64 if that fits.
+        """Snap a weight, some rows at a time, and say which columns are not all zero.
 
-        It stays representable in its dtype: no bits are added. It is snapped twice, because the
-        norm of what is snapped can pass a power of two that the norm before did not pass. After
-        that nothing changes if this is called again.
+        Every row has a grid of its own, so the number of rows changes no bit. A rank's columns of a
+        row need the others', so all ranks take the same rows: a row-parallel layer has all of them
+        on every rank.
         """
-        bits = W_BITS_BFLOAT16 if linear.narrow else W_BITS
-        wide = widened(linear.weight)
-        if linear.scale is not None:
-            wide.mul_(linear.scale)
-        for _ in range(2):
-            wide = snap_in_place(wide, bits, linear.mesh)
-        if linear.scale is not None:
-            wide.div_(linear.scale)
-        self.widened_bytes += wide.nbytes
-        fits = self.widened_bytes <= memory(wide.device, self.ranks) // 2
-        if not (fits if self.widen is None else self.widen):
-            wide = wide.to(linear.weight.dtype)
+        old = linear.weight
+        weight = torch.empty_like(old, dtype=torch.float64 if self._keeps_wide(old) else old.dtype)
+        live = torch.zeros(old.shape[1], dtype=torch.bool, device=old.device)
+        rows = prepared_rows(old, linear.mesh)
+        for some, out in zip(old.split(rows), weight.split(rows)):
+            wide = snapped_weight(some, linear)
+            out.copy_(wide)
+            if isinstance(linear, RowParallelLinear):
+                live |= (wide != 0).any(0)
         # A new parameter, so that a tied embedding keeps its own.
-        linear.weight = nn.Parameter(wide.data, requires_grad=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         if linear.bias is not None:
             bias = linear.bias.double() + 0.0  # no -0
             linear.bias = nn.Parameter(bias, requires_grad=False)
         if isinstance(linear, RowParallelLinear):
-            live = (wide != 0).any(0)
             linear.register_buffer("live", None if bool(live.all()) else live, persistent=False)
         linear.prepared = linear.weight, version(linear.weight)
+
+    def _keeps_wide(self, weight: Tensor) -> bool:
+        """Whether this weight is kept in float64."""
+        if self.widen is not None or weight.device.type == "cpu":
+            return bool(self.widen)
+        self.widened_bytes += 8 * weight.numel()
+        return self.widened_bytes <= memory(weight.device, 1) // 2
 
     def rotary_table(
         self,
@@ -442,9 +458,11 @@ class Exact(Native):
 
 def _in_two_terms(pattern: Tensor, v: Tensor) -> Tensor:
     """pattern v with exact sums: [..., R, L], [..., L, d] -> [..., R, d], v at most 1."""
-    high = snap(pattern, 2.0**-P_BITS)
-    low = snap(pattern - high, 2.0**-P_BITS_LOW)
-    high, low = torch.matmul(torch.cat((high, low), -2), v).tensor_split(2, -2)
+    both = torch.cat((pattern, pattern), -2)
+    high, low = both.tensor_split(2, -2)
+    snap(high, 2.0**-P_BITS, out=high)
+    snap(low.sub_(high), 2.0**-P_BITS_LOW, out=low)
+    high, low = torch.matmul(both, v).tensor_split(2, -2)
     return high + low
 
 
@@ -460,7 +478,8 @@ def sum_of_exps(p: Tensor) -> Tensor:
     """
     within(p.shape[-1], TERMS, "the number of exponentials")
     high = snap(p, 2.0**-EXP_BITS)
-    low = snap(p - high, 2.0**-EXP_BITS_LOW)
+    low = p - high
+    snap(low, 2.0**-EXP_BITS_LOW, out=low)
     return high.sum(-1, keepdim=True).add_(low.sum(-1, keepdim=True))
 
 
@@ -473,9 +492,35 @@ def _largest_seen(tops: Tensor, hidden: Tensor | None) -> Tensor:
     return of_all.maximum(last.masked_fill(hidden, 0.0).amax(-1, keepdim=True))
 
 
+def prepared_rows(weight: Tensor, mesh: Mesh = SINGLE) -> int:
+    """How many rows of a weight to prepare at a time."""
+    count = PREPARED if mesh.size == 1 else PREPARED_TOGETHER
+    if weight.device.type != "cpu":
+        count = PREPARED_ON_GPU
+    return max(1, count // weight.shape[1])
+
+
+def snapped_weight(rows: Tensor, linear: Linear) -> Tensor:
+    """Rows of a linear layer's weight in float64, snapped below their norms.
+
+    They stay representable in their dtype: no bits are added. They are snapped twice, because the
+    norm of what is snapped can pass a power of two that the norm before did not pass. After that
+    nothing changes if this is called again.
+    """
+    wide = widened(rows)
+    if linear.scale is not None:
+        wide.mul_(linear.scale)
+    for _ in range(2):
+        wide = snap_in_place(wide, W_BITS_BFLOAT16 if linear.narrow else W_BITS, linear.mesh)
+    return wide if linear.scale is None else wide.div_(linear.scale)
+
+
 def is_bfloat16(weight: Tensor) -> bool:
     """Whether all values are bfloat16's."""
-    return weight.dtype == torch.bfloat16 or torch.equal(weight.bfloat16().to(weight.dtype), weight)
+    if weight.dtype == torch.bfloat16:
+        return True
+    parts = weight.split(prepared_rows(weight))
+    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in parts)
 
 
 def column_scale(weights: Sequence[Tensor], mesh: Mesh) -> Tensor | None:
@@ -497,8 +542,8 @@ def column_scale(weights: Sequence[Tensor], mesh: Mesh) -> Tensor | None:
 def column_shares(weight: Tensor) -> Tensor:
     """The largest entry of each column of weight [out, in], its rows scaled alike. float64 [in]"""
     size = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for rows in weight.split(max(1, (1 << 20) // weight.shape[1])):
-        wide = rows.double().abs()
+    for rows in weight.split(prepared_rows(weight)):
+        wide = rows.abs().double()
         top = pow2(wide.amax(-1, keepdim=True)).clamp_min_(2.0**-200)
         size = size.maximum(wide.div_(top).amax(0))
     return size
@@ -535,9 +580,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == torch.float64:
         return F.linear(x, weight)
     y = x.new_empty(len(x), len(weight))
-    rows = max(1, (1 << 20) // weight.shape[-1])
+    count = WIDENED if len(x) < MANY else WIDENED_FOR_MANY
+    if weight.device.type != "cpu":
+        count = WIDENED_ON_GPU
+    rows = max(1, count // weight.shape[1])
+    wide = x.new_empty(min(rows, len(weight)), weight.shape[1])
     for out, some in zip(y.split(rows, 1), weight.split(rows)):
-        out.copy_(F.linear(x, some.double()))
+        torch.mm(x, wide[: len(some)].copy_(some).t(), out=out)
     return y
 
 

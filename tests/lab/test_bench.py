@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +104,28 @@ class FakeLlama:
 
     def llama_get_logits_ith(self, context, place):
         return self.logits[place].ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def test_the_function_that_llama_cpp_writes_its_log_with_stays_in_memory(model_path):
+    """The library holds it by its address only, and calls it whenever it has something to say."""
+    seen = []
+
+    def options():
+        return SimpleNamespace(n_ctx=0)
+
+    library = SimpleNamespace(
+        llama_log_callback=ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p),
+        llama_log_set=lambda function, data: seen.append(weakref.ref(function)),
+        llama_backend_init=lambda: None,
+        llama_model_default_params=options,
+        llama_model_load_from_file=lambda file, options: 1,
+        llama_context_default_params=options,
+        llama_init_from_model=lambda model, options: 1,
+        llama_batch_init=lambda tokens, width, sequences: object(),
+        GGML_TYPE_F16=1,
+    )
+    engine = LlamaCpp(library, Path("any.gguf"), setup(model_path, Contestant("llama.cpp", "bf16")))
+    assert seen[0]() is not None and engine.context == 1
 
 
 def test_the_loop_around_llama_cpp_asks_for_the_right_tokens(model_path, expected):

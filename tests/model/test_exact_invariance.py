@@ -178,14 +178,14 @@ def test_control_other_bits_with_other_threads_are_seen():
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-def test_widening_a_block_at_a_time_and_watching_change_nothing(embedded_weights, models, dtype):
+def test_weights_kept_in_float64_and_watching_change_nothing(embedded_weights, models, dtype):
     ids = ragged_ids(1, 90, seed=8)[0][None]
-    model, narrow = models["exact", dtype], build(embedded_weights, Exact(widen=False), dtype)
+    model, wide = models["exact", dtype], build(embedded_weights, Exact(widen=True), dtype)
     expected = model(ids)
-    assert narrow.model.layers[0].mlp.up_proj.weight.dtype == dtype
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float64
-    assert same(narrow(ids), expected)
-    logits, seen = model.run_with_cache(ids)
+    assert wide.model.layers[0].mlp.up_proj.weight.dtype == torch.float64
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert same(wide(ids), expected)
+    logits, seen = wide.run_with_cache(ids)
     assert same(logits, expected)
     assert (seen["layers.0.attn.pattern"].sum(-1) - 1).abs().max() < 1e-9
 

@@ -127,8 +127,8 @@ def test_preparing_twice_changes_nothing_and_keeps_the_tied_embedding():
     model = build((config, tensors))
     first = copy.deepcopy(model.state_dict())
     assert torch.equal(first["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
-    assert first["lm_head.weight"].dtype == torch.float64
-    assert not torch.equal(first["lm_head.weight"], first["model.embed_tokens.weight"].double())
+    assert first["lm_head.weight"].dtype == torch.float32
+    assert not torch.equal(first["lm_head.weight"], first["model.embed_tokens.weight"])
     again = model.prepare().state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     # rows whose norm passes a power of two when snapped
@@ -138,6 +138,33 @@ def test_preparing_twice_changes_nothing_and_keeps_the_tied_embedding():
     once = exact.snap_below_norm(rows, 12)
     twice = exact.snap_below_norm(once.clone(), 12)
     assert torch.equal(exact.snap_below_norm(twice.clone(), 12), twice)
+
+
+def prepared(weight: torch.Tensor) -> torch.Tensor:
+    linear = Linear(Exact(), weight.shape[1], len(weight))
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.ops.prepare([linear], SINGLE)
+    return linear.weight
+
+
+@pytest.mark.parametrize("last", [1.0, 1 + 2.0**-20], ids=["bfloat16 values", "float32 values"])
+def test_how_many_rows_are_prepared_at_a_time_changes_nothing(monkeypatch, last):
+    """What chooses a grid is asked of all rows: one value at the end decides for the first row."""
+    weight = adversarial_rows(100, torch.bfloat16, seed=1).float()
+    weight[-1, -1] = last
+    whole = prepared(weight)
+    monkeypatch.setattr(exact, "PREPARED", 300)  # three rows
+    assert torch.equal(prepared(weight), whole)
+    assert exact.is_bfloat16(weight) is (last == 1)
+
+
+@pytest.mark.parametrize("tokens", [3, exact.MANY])
+def test_how_many_rows_are_widened_at_a_time_changes_nothing(monkeypatch, tokens):
+    x = exact.snap_below_norm(torch.randn(tokens, 100), exact.X_BITS)
+    w = exact.snap_below_norm(torch.randn(50, 100), exact.W_BITS).float()
+    whole = exact.product(x, w.double())
+    monkeypatch.setattr(exact, "WIDENED" if tokens < exact.MANY else "WIDENED_FOR_MANY", 700)
+    assert torch.equal(exact.product(x, w), whole)
 
 
 def attention_inputs(L, R=3, d=16, seed=0):

@@ -50,7 +50,9 @@ class LlamaCpp:
     def __init__(self, library: Any, file: Path, setup: Setup):
         self.lib, self.vocab_size = library, setup.config().vocab_size
         self.step_tokens = setup.step_tokens
-        library.llama_log_set(library.llama_log_callback(_say_nothing), None)
+        # The library calls it for as long as the process lives, and does not hold it.
+        self.log = library.llama_log_callback(_say_nothing)
+        library.llama_log_set(self.log, None)
         library.llama_backend_init()
         model_options = library.llama_model_default_params()
         model_options.n_gpu_layers = -1 if setup.device == "cuda" else 0
