@@ -206,6 +206,15 @@ def test_not_finite(tmp_path, monkeypatch):
         refusal(Checkpoint(path).check_finite, FILE, up, "2 NaN", "1 infinite", "among 960")
 
 
+@pytest.mark.parametrize("value, words", [("inf", "0 NaN and 1"), ("nan", "1 NaN and 0")])
+def test_one_value_that_is_not_finite_is_enough(tmp_path, value, words):
+    write(tmp_path / "c")
+    bad = torch.ones(32, 24, dtype=torch.bfloat16)
+    bad[31, 23] = float(value)
+    rewrite(tmp_path / "c", lambda t: t.update({Q0: bad}))
+    refusal(Checkpoint(tmp_path / "c").check_finite, Q0, f"{words} infinite")
+
+
 def test_a_file_that_changes_while_open_is_refused(tmp_path):
     write(tmp_path / "c")
     c = Checkpoint(tmp_path / "c")

@@ -290,9 +290,14 @@ def text_is_kept(path: Path, read: list[str], before: list[str]) -> str | None:
     return None
 
 
+def _lines(path: Path) -> list[str]:
+    """Those that are not empty. (Path.read_text would end a line at a carriage return.)"""
+    text = path.read_bytes().decode("utf-8-sig")
+    return [line for line in text.split("\n") if line.strip()]
+
+
 def records_as_written(path: Path, read: Any, before: Any) -> str | None:
-    lines = [line for line in (path / RECORDS).read_text("utf-8-sig").split("\n") if line.strip()]
-    for line, record in zip(lines, read, strict=True):
+    for line, record in zip(_lines(path / RECORDS), read, strict=True):
         said = json.loads(line)
         given = [x for x in said["logprobs"] if x is not None]
         if list(record.ids) != said["prompt_token_ids"] + said["token_ids"]:
@@ -303,8 +308,7 @@ def records_as_written(path: Path, read: Any, before: Any) -> str | None:
 
 
 def prompts_as_written(path: Path, read: list[str], before: Any) -> str | None:
-    lines = [x for x in (path / PROMPTS).read_text("utf-8-sig").split("\n") if x.strip()]
-    said = [json.loads(line) for line in lines]
+    said = [json.loads(line) for line in _lines(path / PROMPTS)]
     wanted = [each["prompt"] if isinstance(each, dict) else each for each in said]
     return None if read == wanted else "other prompts were read"
 
