@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from support.forked import forked_torchrun
 from support.paths import ROOT
 from support.tool import run_tool_here
-from support.torchrun import torchrun
 
 from minqwen.cli import Parser, check_writable, model_flags, model_options, run, share_text
 from minqwen.errors import MinqwenError
@@ -161,7 +161,7 @@ def test_every_tool_says_first_that_there_is_no_such_directory(command, model, s
 )
 def test_torchruns_report_ends_with_the_users_mistake(args, says):
     """torchrun prints a traceback and a report of 45 lines when a rank fails."""
-    done = torchrun(2, ROOT / "tools" / "generate.py", ["x", *args])
+    done = forked_torchrun(2, ROOT / "tools" / "generate.py", ["x", *args])
     assert done.returncode == 1  # torchrun's own, whatever the ranks' status is
     *_, last, border = done.stderr.splitlines()
     assert " error: " in last and says in last and set(border) == {"="}
@@ -181,37 +181,56 @@ def test_every_rank_tells_torchrun_and_only_rank_0_the_user(capsys, monkeypatch,
         assert json.loads(file.read_text())["message"]["message"] == "error: top_p is 2.0"
 
 
-SWALLOWED = """
-import importlib.abc, signal, sys
+# A tool that is disturbed at the moment when Python looks for MODULE.
+DISTURBED = """
+import importlib.abc, os, runpy, signal, sys
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
-class Swallows(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == "torch.nn":
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except BaseException:  # as some code does that runs while torch is imported
-                print("swallowed", flush=True)
+def swallowed_ctrl_c():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:  # as some code does that runs while torch is imported
+        print("swallowed", flush=True)
 
-sys.meta_path.insert(0, Swallows())
-sys.argv = ["{tool}", "--help"]
-import runpy
-runpy.run_path(r"{path}", run_name="__main__")
+def tell_who_handles_ctrl_c():
+    print(signal.getsignal(signal.SIGINT).__qualname__, flush=True)
+    os._exit(5)
+
+class Disturbs(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "MODULE":
+            DEED()
+
+sys.meta_path.insert(0, Disturbs())
+sys.argv = ["TOOL", "--help"]
+runpy.run_path("PATH", run_name="__main__")
 """
+
+
+def disturbed(tool: str, module: str, deed: str) -> subprocess.CompletedProcess[str]:
+    code = DISTURBED.replace("PATH", str(ROOT / "tools" / tool)).replace("TOOL", tool)
+    return subprocess.run(
+        [sys.executable, "-c", code.replace("MODULE", module).replace("DEED", deed)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_ctrl_c_while_torch_is_imported_ends_a_tool():
+    done = disturbed("generate.py", "torch.nn", "swallowed_ctrl_c")
+    assert done.stdout == "swallowed\n" and done.stderr.endswith("KeyboardInterrupt\n")
+    assert done.returncode == -signal.SIGINT
 
 
 TOOLS = sorted(path.name for path in (ROOT / "tools").iterdir() if path.name[0] not in "._")
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_ctrl_c_while_torch_is_imported_ends_a_tool(tool):
-    code = SWALLOWED.format(tool=tool, path=ROOT / "tools" / tool)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.stdout == "swallowed\n" and done.stderr.endswith("KeyboardInterrupt\n")
-    assert done.returncode == -signal.SIGINT
+def test_every_tool_remembers_ctrl_c_from_before_torch_is_imported(tool):
+    done = disturbed(tool, "torch", "tell_who_handles_ctrl_c")
+    assert (done.stdout, done.returncode) == ("Interrupts.remember\n", 5), done.stderr
 
 
 @pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
