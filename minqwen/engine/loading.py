@@ -13,7 +13,7 @@ from minqwen.checkpoint.load import OPTIONS, check_options, resolve_dtype
 from minqwen.checks import optional_integer
 from minqwen.config import GenerationDefaults, ModelConfig
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for
-from minqwen.errors import ConfigError, ParallelError
+from minqwen.errors import ConfigError, ParallelError, a_kind
 from minqwen.heads.view import HEAD_OPTIONS, open_weights
 from minqwen.model import Qwen2
 from minqwen.model.qwen2 import check_kv_dtype, make_arithmetic
@@ -139,7 +139,7 @@ def directory_name(model: object) -> str:
     """The last part of the path of a model's directory. Raises ConfigError for what is no path."""
     if isinstance(model, (str, os.PathLike)):
         return Path(model).resolve().name
-    raise ConfigError(f"model is a {type(model).__name__}: expected a directory or a Qwen2")
+    raise ConfigError(f"model is {a_kind(model)}: expected a directory or a Qwen2")
 
 
 def opened(tokenizer: TokenizerOrPath) -> Tokenizer | None:
@@ -149,5 +149,5 @@ def opened(tokenizer: TokenizerOrPath) -> Tokenizer | None:
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     raise ConfigError(
-        f"tokenizer is a {type(tokenizer).__name__}: expected a Tokenizer or the directory of one"
+        f"tokenizer is {a_kind(tokenizer)}: expected a Tokenizer or the directory of one"
     )
