@@ -107,6 +107,18 @@ def warn(text: str, stacklevel: int) -> None:
         warnings.warn(one_line(as_called_here(text)), stacklevel=stacklevel + 1)
 
 
-def kind_and_words(error: Exception) -> str:
+def a_kind(value: object) -> str:
+    """The type of a value with its article: "an int", "a list". None is "None"."""
+    name = type(value).__name__
+    return str(value) if value is None else f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def kind_and_words(error: BaseException) -> str:
     """The kind of an error that is not the user's, and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    kind, words = type(error).__name__, str(error).strip().partition("\n")[0]
+    return f"{kind}: {words}" if words else kind
+
+
+def told(error: BaseException) -> str:
+    """What an error says: a user's mistake as it stands, any other with its kind."""
+    return str(error) if isinstance(error, MinqwenError) else kind_and_words(error)

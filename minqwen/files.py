@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minqwen.errors import MinqwenError
+from minqwen.errors import MinqwenError, a_kind
 from minqwen.errors import printable as printable  # the rooms above take it from here
 
 # Bytes. The largest of its kind that is in use is named beside each, so that parsing what is larger
@@ -61,9 +61,9 @@ def quoted(value: object, most: int = 200) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # more than 4,300 digits, or levels
-        text = f"a {type(value).__name__} that is too long to show"
+        text = f"{a_kind(value)} that is too long to show"
     except Exception:  # of the object itself
-        text = f"a {type(value).__name__} that cannot be shown"
+        text = f"{a_kind(value)} that cannot be shown"
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -20,8 +20,11 @@ from minqwen import Qwen2, Tokenizer
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
 
-# Each takes about a minute, most of it to import torch in other processes.
-LONGEST = ("test_readme.py", "test_two_nodes.py", "test_watch.py", "test_replicas.py")
+# Each takes half a minute or more, and some of them would be among the last.
+LONGEST = (
+    *("test_readme.py", "test_two_nodes.py", "test_watch.py", "test_replicas.py"),
+    *("test_doctor.py", "test_exact_machines.py", "test_interventions.py", "test_tour.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

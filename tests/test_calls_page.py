@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 import pytest
+from support.forked import forked_torchrun
 from support.paths import EMBEDDED, ROOT
 from support.tool import run_tool
-from support.torchrun import torchrun
 
 from minqwen.engine.arguments import IDLE, OF_CALLS, ONLY, Only
 from minqwen.sampling.params import OF_OTHERS
@@ -31,7 +31,7 @@ def warnings_of(printed: str) -> list[str]:
 
 
 def test_the_pasted_script_runs_on_four_ranks():
-    done = torchrun(4, BLOCKS[PYTHON[0]][1])
+    done = forked_torchrun(4, BLOCKS[PYTHON[0]][1])
     assert done.returncode == 0, done.stderr
     assert warnings_of(done.stderr) == warnings_of(OUTPUTS[0]) != []
     said = [line for line in without_texts(OUTPUTS[0]) if line in without_texts(done.stdout)]

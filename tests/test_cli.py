@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.forked import forked_torchrun
 from support.paths import ROOT
 from support.tool import run_tool_here
-from support.torchrun import torchrun
 
 from minqwen.cli import Parser, check_writable, model_flags, model_options, run, share_text
 from minqwen.errors import MinqwenError
@@ -168,7 +168,7 @@ def test_every_tool_says_first_that_there_is_no_such_directory(command, model, s
 )
 def test_torchruns_report_ends_with_the_users_mistake(args, says):
     """torchrun prints a traceback and a report of 45 lines when a rank fails."""
-    done = torchrun(2, ROOT / "tools" / "generate.py", ["x", *args])
+    done = forked_torchrun(2, ROOT / "tools" / "generate.py", ["x", *args])
     assert done.returncode == 1  # torchrun's own, whatever the ranks' status is
     *_, last, border = done.stderr.splitlines()
     assert " error: " in last and says in last and set(border) == {"="}

@@ -8,10 +8,17 @@ from support.paths import ROOT
 from support.tool import run_tool_here
 
 
+@pytest.fixture(scope="module")
+def make_nodes():
+    with two_nodes() as make:
+        yield make
+
+
 @pytest.fixture
-def nodes(tmp_path):
-    with two_nodes(tmp_path) as found:
-        yield found
+def nodes(make_nodes, tmp_path):
+    found = make_nodes(tmp_path)
+    yield found
+    found.end()
 
 
 # Sums without end. Rank 0 prints a line when all ranks are at work.

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-from support.forked import forked
-from support.torchrun import torchrun
+from support.forked import forked, forked_torchrun
 
 # After 20 of `steps` sums rank `victim` prints its pid and does `deed`.
 SUMS = """
@@ -44,8 +43,8 @@ def run(
 ) -> Ending:
     """How the run ends. That it ends at all, and leaves no process, is checked by `start`.
 
-    start: torchrun where it sees that a rank has failed and ends the others, while they find out
-    who is to blame; forked where the ranks must end by themselves.
+    start: forked_torchrun, which sees that a rank has failed and ends the others, while they find
+    out who is to blame; forked where the ranks must end by themselves.
     """
     done = start(size, SUMS, [victim, deed, steps], dict(env))
     assert done.stdout, done.stderr
@@ -66,7 +65,7 @@ def run(
     ],
 )
 def test_a_rank_that_dies_ends_all(deed, reason):
-    end = run(torchrun, 3, 0, deed)
+    end = run(forked_torchrun, 3, 0, deed)
     # torchrun may have asked for the status first: then nobody else learns it.
     reason = rf"died \(({reason}|killed, crashed or out of memory)\)"
     [error] = end.errors
@@ -115,13 +114,13 @@ STOP = "all ranks stop"
 
 
 def test_a_rank_that_exits_with_a_status_ends_all():
-    end = run(torchrun, 3, 1, "sys.exit(3)")
+    end = run(forked_torchrun, 3, 1, "sys.exit(3)")
     assert end.errors == [f"error: {name(1, 3, end)} {LEFT}: {STOP}"]
     assert end.code != 0 and not end.tracebacks
 
 
 def test_a_rank_that_raises_says_so_once():
-    end = run(torchrun, 3, 2, "raise ValueError('no such token\\nsecond line')")
+    end = run(forked_torchrun, 3, 2, "raise ValueError('no such token\\nsecond line')")
     said = f"error: {name(2, 3, end)} raised ValueError: no such token: {STOP}"
     assert end.errors == [said]
     assert end.code != 0 and {line[5] for line in end.tracebacks} == {"2"}
@@ -138,7 +137,7 @@ raise KeyError("the same for all")
 
 
 def test_where_all_raise_alike_one_speaks():
-    done = torchrun(3, ALL_RAISE)
+    done = forked_torchrun(3, ALL_RAISE)
     pids = dict(line.split() for line in done.stdout.splitlines())
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     expected = [
@@ -167,7 +166,7 @@ run(main)
 
 @pytest.mark.parametrize("ranks", ["1", "01"])
 def test_a_mistake_that_cli_run_reports_is_one_line_whoever_makes_it(ranks):
-    done = torchrun(2, ONE_MISTAKE, [ranks])
+    done = forked_torchrun(2, ONE_MISTAKE, [ranks])
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     said = rf"rank [{ranks}] of 2 \(pid \d+\) raised CheckpointError: the file is damaged: {STOP}"
     assert re.fullmatch(f"error: {said}", error)
@@ -290,5 +289,5 @@ def test_a_rank_that_stops_loading_is_named_also_while_the_user_thinks(how):
 
 
 def test_ctrl_c_is_quiet():
-    end = run(torchrun, 2, 0, "os.kill(os.getppid(), signal.SIGINT)")
+    end = run(forked_torchrun, 2, 0, "os.kill(os.getppid(), signal.SIGINT)")
     assert end.code != 0 and not end.errors and not end.tracebacks

@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Collection
 from pathlib import Path
 
 from minqwen.checkpoint.weight_files import INDEX
-from minqwen.errors import CheckpointError, one_line
+from minqwen.errors import CheckpointError, warn
 from minqwen.files import and_more, check_regular, copy_regular, flush, quoted
 
 HEADS_MANIFEST = "minqwen_heads.json"  # beside the weights of an extension (heads/manifest.py)
@@ -68,7 +67,7 @@ def copy_companions(source: Path, directory: Path, omit: Collection[str] = ()) -
             left_out.append(quoted(path.name))
     if left_out:
         names = ", ".join(left_out[:8]) + and_more(left_out[7:])
-        _warn(f"{source}: not copied, because no checkpoint needs it: {names}")
+        warn(f"{source}: not copied, because no checkpoint needs it: {names}", 2)
 
 
 def keep_companions(old: Path, directory: Path, omit: Collection[str] = ()) -> None:
@@ -115,11 +114,7 @@ def _flush_all(directory: Path) -> None:
 
 def _warn_of_link(path: Path) -> None:
     where = os.path.realpath(path)
-    _warn(f"{path}: is a link to {where}, outside of the checkpoint, and is not copied")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(one_line(text), stacklevel=2)
+    warn(f"{path}: is a link to {where}, outside of the checkpoint, and is not copied", 2)
 
 
 def _is_written_anew(name: str) -> bool:

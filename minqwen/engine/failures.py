@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import torch
 
 from minqwen.engine.outputs import RequestOutput
-from minqwen.errors import MinqwenError, RequestError
+from minqwen.errors import MinqwenError, RequestError, told
 
 
 def described(error: Exception) -> str:
     """An error in one line, with the place in the code that raised it unless it is a user's."""
-    if isinstance(error, MinqwenError):
-        return str(error)
-    what = " ".join(f"{type(error).__name__}: {error}".split())
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{what} ({frames[-1].filename}:{frames[-1].lineno})" if frames else what
+    if isinstance(error, MinqwenError) or not frames:
+        return told(error)
+    return f"{told(error)} ({frames[-1].filename}:{frames[-1].lineno})"
 
 
 def lacks_memory(error: Exception) -> bool:

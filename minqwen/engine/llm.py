@@ -36,7 +36,7 @@ from minqwen.engine.request import Completion, Request
 from minqwen.engine.runner import Runner
 from minqwen.engine.scheduler import Scheduler
 from minqwen.engine.sizing import EngineOptions, size_cache
-from minqwen.errors import MinqwenError, RequestError, SamplingError
+from minqwen.errors import MinqwenError, RequestError, SamplingError, a_kind
 from minqwen.files import quoted
 from minqwen.model import Qwen2
 from minqwen.model.trace import Hook, Names, select, select_hooks
@@ -601,7 +601,7 @@ class LLM:
             ids = ids.tolist()
         if not isinstance(ids, (list, tuple)):
             raise SamplingError(
-                f"the prompt is a {type(ids).__name__}: expected text or a list of token ids"
+                f"the prompt is {a_kind(ids)}: expected text or a list of token ids"
             )
         if not ids:
             raise SamplingError("the prompt has no tokens: give at least one")

@@ -16,7 +16,7 @@ from minqwen.checkpoint.load import OPTIONS, agree_on_weights, check_options, re
 from minqwen.checks import boolean, optional_integer, wrong
 from minqwen.config import GenerationDefaults, ModelConfig
 from minqwen.engine.sizing import EngineOptions, check_cache_asked_for
-from minqwen.errors import ConfigError, ParallelError
+from minqwen.errors import ConfigError, ParallelError, a_kind
 from minqwen.files import quoted
 from minqwen.heads.view import HEAD_OPTIONS, open_weights
 from minqwen.model import Qwen2
@@ -197,7 +197,7 @@ def directory_name(model: object) -> str:
             return Path(model).resolve().name
         except (OSError, ValueError):  # a name that no file can have
             raise ConfigError(f"model is {quoted(model, 100)}: no such directory") from None
-    raise ConfigError(f"model is a {type(model).__name__}: expected a directory or a Qwen2")
+    raise ConfigError(f"model is {a_kind(model)}: expected a directory or a Qwen2")
 
 
 def opened(tokenizer: TokenizerOrPath) -> Tokenizer | None:
@@ -207,5 +207,5 @@ def opened(tokenizer: TokenizerOrPath) -> Tokenizer | None:
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     raise ConfigError(
-        f"tokenizer is a {type(tokenizer).__name__}: expected a Tokenizer or the directory of one"
+        f"tokenizer is {a_kind(tokenizer)}: expected a Tokenizer or the directory of one"
     )

@@ -35,6 +35,10 @@ class KVCache:
         self.halves = torch.tensor([[0], [num_blocks]], device=device)  # first row of keys, values
         # What `read` fills. It is kept, because memory taken anew costs more than the copy.
         self.gathered = self.pool.new_empty(0, dtype=dtype)
+        self.add_scales()
+
+    def add_scales(self) -> None:
+        """Make what is kept beside the pool: nothing here."""
 
     def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """In what the pool holds keys and values of `dtype`."""
@@ -84,21 +88,11 @@ class Int8KVCache(KVCache):
     NaN. scales [layers, 2, P, S, K].
     """
 
-    def __init__(
-        self,
-        layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ):
-        super().__init__(layers, num_blocks, block_size, kv_heads, head_dim, dtype, device)
+    def add_scales(self) -> None:
         # bfloat16 has the range of all dtypes that are wider than float16.
-        narrow = torch.float16 if dtype == torch.float16 else torch.bfloat16
-        self.scales = torch.zeros(self.pool.shape[:-1], dtype=narrow, device=device)
-        self.scale_rows = self.scales.view(layers, 2 * num_blocks, -1)
+        narrow = torch.float16 if self.dtype == torch.float16 else torch.bfloat16
+        self.scales = self.pool.new_zeros(self.pool.shape[:-1], dtype=narrow)
+        self.scale_rows = self.scales.view(len(self.pool), 2 * self.num_blocks, -1)
 
     def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.int8

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minqwen.checks import LONGEST_WORD, did_you_mean, quoted
 from minqwen.config import ModelConfig
-from minqwen.errors import TraceError
+from minqwen.errors import TraceError, a_kind
 from minqwen.parallel import Mesh, kv_heads_per_rank
 
 
@@ -330,7 +330,7 @@ def check_replacement(name: str, new: object, seen: Tensor) -> None:
     """Raise TraceError unless `new`, a hook's answer, can take the place of `seen`."""
     if isinstance(new, Tensor) and new.shape == seen.shape:
         return
-    found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+    found = tuple(new.shape) if isinstance(new, Tensor) else a_kind(new)
     raise TraceError(
         f"the hook on {name} returned {found}, expected None or a tensor {tuple(seen.shape)}"
     )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from minqwen.errors import SamplingError
+from minqwen.errors import SamplingError, kind_and_words
 from minqwen.files import printable
 from minqwen.sampling.json_schema import CLASSES_AND_ESCAPES, ROOT, TOO_DEEP, at
 
@@ -91,8 +91,9 @@ def text_check(schema: dict[str, Any], checked: bool = False) -> Callable[[str],
         try:
             found = next(validator.iter_errors(json.loads(text)), None)
         except Exception as error:  # too deep, too many digits, too much work
-            why = f"{type(error).__name__}: {error}"
-            raise SamplingError(printable(f"the finished text cannot be checked: {why}")) from None
+            raise SamplingError(
+                f"the finished text cannot be checked: {kind_and_words(error)}"
+            ) from None
         if found is not None:
             text = f"the finished text does not fit its schema at {found.json_path}"
             raise SamplingError(printable(f"{text}: {found.message}")[:300])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minqwen.checks import boolean
-from minqwen.errors import TokenizerError
+from minqwen.errors import TokenizerError, a_kind
 from minqwen.tokenizer.added_tokens import encode_between, finder, mark, without_marks
 from minqwen.tokenizer.backends import ByteLevelBPE, SentencePiece, load_backend
 from minqwen.tokenizer.chat import (
@@ -272,9 +272,7 @@ class Tokenizer:
         try:
             id = operator.index(id)
         except TypeError:
-            raise TokenizerError(
-                f"a token id must be an integer, not {type(id).__name__}"
-            ) from None
+            raise TokenizerError(f"a token id must be an integer, not {a_kind(id)}") from None
         if not 0 <= id < self.padded_vocab_size:
             raise TokenizerError(
                 f"token id {id} does not exist; {self._backend.source} has 0 to "
@@ -377,7 +375,7 @@ class Tokenizer:
 
 def _check_text(text: Any) -> None:
     if not isinstance(text, str):
-        raise TokenizerError(f"text must be a str, not {type(text).__name__}")
+        raise TokenizerError(f"text must be a str, not {a_kind(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -21,6 +21,7 @@ from minqwen.heads.adapter import ADAPTER, ADAPTER_CONFIG, extend_adapter
 from minqwen.heads.convert import extend, shrink
 from minqwen.heads.layout import layout
 from minqwen.heads.manifest import MANIFEST, read_manifest
+from minqwen.tokenizer.chat_template import ChatRenderer
 
 CONFIG = tiny(vocab_size=260, dtype="float32")
 TO = layout(CONFIG, 8)
@@ -79,6 +80,15 @@ def no_hang():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_renderer():
+    """For the chats of all tokenizers: its process takes a tenth of a second to start."""
+    renderer = ChatRenderer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minqwen.tokenizer.tokenizer.ChatRenderer", lambda: renderer)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from support.checkpoints import refusal
@@ -246,12 +248,24 @@ def steer(x, name):
     return x * 2 if name.endswith("attn.scores") else x + 3.0 * x.roll(1, -1)
 
 
-def naive_with_hooks(llm: LLM, ids: list[int], count: int, hooks) -> list[int]:
+def naive_with_hooks(model: Qwen2, ids: list[int], count: int, hooks) -> list[int]:
     ids = list(ids)
     for _ in range(count):
-        logits = llm.model.run_with_hooks(torch.tensor([ids]), hooks)
+        logits = model.run_with_hooks(torch.tensor([ids]), hooks)
         ids.append(int(logits[0, -1].argmax()))
     return ids[-count:]
+
+
+@pytest.fixture(scope="module")
+def steered(embedded_model, embedded_tokenizer):
+    """The 10 tokens that the naive loop puts after each of PROMPTS with `steer` at these names."""
+
+    @functools.cache
+    def tokens(names: str) -> list[list[int]]:
+        ids = [embedded_tokenizer.encode(prompt) for prompt in PROMPTS]
+        return [naive_with_hooks(embedded_model, own, 10, [(names, steer)]) for own in ids]
+
+    return tokens
 
 
 POINTS = ["layers.1.resid_post", "layers.2.attn.z", "*.attn.scores", "layers.*.attn.rot_k"]
@@ -260,14 +274,12 @@ POINTS = ["layers.1.resid_post", "layers.2.attn.z", "*.attn.scores", "layers.*.a
 @pytest.mark.parametrize("names", [*POINTS, "logits", "final_norm*", "embed"])
 @pytest.mark.parametrize("tokens", [64, 7], ids=["whole prompts", "chunks"])
 def test_generation_with_hooks_is_the_naive_loops_with_them(
-    make, embedded_model, embedded_tokenizer, oracle, names, tokens
+    make, embedded_model, embedded_tokenizer, oracle, steered, names, tokens
 ):
     """Beside requests without hooks, which do not notice, and with what they left in the cache."""
     llm = make(embedded_model, embedded_tokenizer, max_num_batched_tokens=tokens, max_num_seqs=6)
     params = SamplingParams(max_tokens=10, **GREEDY)
-    want = [
-        naive_with_hooks(llm, embedded_tokenizer.encode(p), 10, [(names, steer)]) for p in PROMPTS
-    ]
+    want = steered(names)
     for _ in range(2):
         others = [llm.add_request(prompt, params) for prompt in PROMPTS]
         hooked = llm.generate(PROMPTS, params, hooks=[(names, steer)], use_tqdm=False)
@@ -280,7 +292,7 @@ def test_generation_with_hooks_is_the_naive_loops_with_them(
 
 def test_hooks_hold_for_what_is_added_in_their_context(llm):
     hooks = [("layers.1.resid_post", steer)]
-    want = naive_with_hooks(llm, IDS, 12, hooks)
+    want = naive_with_hooks(llm.model, IDS, 12, hooks)
     with llm.hooks(hooks):
         inside = llm.generate([IDS], FEW, use_tqdm=False)[0]
         stream = llm.stream_deltas(IDS, FEW)

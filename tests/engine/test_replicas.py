@@ -7,9 +7,8 @@ import dataclasses
 import pytest
 import torch
 from support.checkpoints import refusal
-from support.forked import forked
+from support.forked import forked, forked_torchrun
 from support.paths import EMBEDDED
-from support.torchrun import torchrun
 
 from minqwen import LLM
 from minqwen.engine.outputs import CompletionOutput, Metrics, RequestOutput
@@ -63,7 +62,7 @@ def answers_of_one(tmp_path_factory) -> str:
     return (folder / "0").read_text()
 
 
-@pytest.mark.parametrize("start, ranks, size", [(torchrun, 4, 2), (forked, 3, 1)])
+@pytest.mark.parametrize("start, ranks, size", [(forked_torchrun, 4, 2), (forked, 3, 1)])
 def test_several_replicas_give_what_one_gives_in_every_bit(
     answers_of_one, tmp_path, start, ranks, size
 ):
@@ -141,7 +140,7 @@ os.write(1, b"done\\n")
     "start, deed, reason",
     [
         (forked, "while True: pass", "has not joined the others for 2 s (it is busy at"),
-        (torchrun, "os.kill(os.getpid(), signal.SIGKILL)", "died (killed"),
+        (forked_torchrun, "os.kill(os.getpid(), signal.SIGKILL)", "died (killed"),
     ],
     ids=["runs in a circle", "is killed"],
 )

@@ -55,7 +55,7 @@ WORDS = st.binary(min_size=8 * 201, max_size=8 * 201).map(
 )  # one draw, so it is cheap
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(WORDS, st.sampled_from([4, 256]))
 def test_scheduler_keeps_its_rules(words, digest_bits):
     """200 actions on a small pool, and after every one all of `Machine.check`."""

@@ -7,23 +7,24 @@ the name of the host is a loopback address on both.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from support.torchrun import environment, marked
+from support.forked import Server
+from support.torchrun import marked
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 INTERFACE = "cable0"  # what the end of the cable is called on both nodes
-PORT = 29500  # nothing else listens in a new namespace
+PORTS = itertools.count(29500)  # nothing else listens in a new namespace
 GENEROUS = 300  # seconds in which a loaded machine does what takes a few
 
 
@@ -39,12 +40,13 @@ class Ended(NamedTuple):
 
 
 class Nodes:
-    """torchrun on both nodes; node 0 has the store. `folder` holds what they print."""
+    """A run under torchrun on both nodes; node 0 has the store. `folder` holds what they print."""
 
-    def __init__(self, namespaces: Sequence[str], folder: Path) -> None:
-        self.namespaces, self.folder = namespaces, folder
-        self.marks = [uuid.uuid4().hex for _ in namespaces]
-        self.processes: list[subprocess.Popen[bytes]] = []
+    def __init__(self, namespaces: Sequence[str], servers: Sequence[Server], folder: Path) -> None:
+        self.namespaces, self.servers, self.folder = namespaces, servers, folder
+        self.marks: list[str] = []  # of the runs that have been started
+        self.codes: dict[int, int] = {}  # exit statuses of those that have ended
+        _ip("-n", namespaces[0], "link", "set", INTERFACE, "up")  # a test before may have cut it
 
     def start(self, script: str | Path, args: Sequence[object] = (), **env: str) -> None:
         """`script` (Python source, or the Path of a file) on two ranks of each node, over gloo."""
@@ -52,25 +54,16 @@ class Nodes:
         if isinstance(script, str):
             path = self.folder / "snippet.py"
             path.write_text(script)
+        port = next(PORTS)
         for node in range(2):
-            self._start_node(node, [str(path), *map(str, args)], env)
+            self._start_node(node, [path, *args], env, port)
 
-    def _start_node(self, node: int, command: list[str], env: dict[str, str]) -> None:
-        enter = ["ip", "netns", "exec", self.namespaces[node]]
-        enter += ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        launcher = [sys.executable, "-m", "torch.distributed.run"]
-        launcher += ["--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(node)]
-        launcher += ["--master-addr", ADDRESSES[0], "--master-port", str(PORT)]
-        with open(self._file(node, "out"), "wb") as out, open(self._file(node, "err"), "wb") as err:
-            process = subprocess.Popen(
-                enter + launcher + command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                env=environment(self.marks[node], {"GLOO_SOCKET_IFNAME": None, **env}),
-                start_new_session=True,
-            )
-        self.processes.append(process)
+    def _start_node(self, node: int, words: list[object], env: dict[str, str], port: int) -> None:
+        launcher = ["--nnodes", 2, "--nproc-per-node", 2, "--node-rank", node]
+        launcher += ["--master-addr", ADDRESSES[0], "--master-port", port]
+        files = self._file(node, "out"), self._file(node, "err")
+        changes: dict[str, str | None] = {"GLOO_SOCKET_IFNAME": None, **env}
+        self.marks.append(self.servers[node].start(2, words, changes, *files, launcher))
 
     def _file(self, node: int, stream: str) -> Path:
         return self.folder / f"node{node}.{stream}"
@@ -78,10 +71,10 @@ class Nodes:
     def wait_for_output(self, node: int) -> None:
         """Returns when `node` has printed a line."""
         deadline = time.monotonic() + GENEROUS
-        while b"\n" not in self._file(node, "out").read_bytes():
-            ended = self.processes[node].poll() is not None or time.monotonic() > deadline
+        out = self._file(node, "out")
+        while not out.exists() or b"\n" not in out.read_bytes():
+            ended = self.servers[node].has_ended(0.05) or time.monotonic() > deadline
             assert not ended, self._file(node, "err").read_text()
-            time.sleep(0.05)
 
     def kill(self, node: int) -> None:
         """Ends every process of a node at once, torchrun too."""
@@ -95,23 +88,39 @@ class Nodes:
 
     def ended(self, node: int) -> Ended:
         """How torchrun ends on `node`."""
-        code = self.processes[node].wait(GENEROUS)
-        return Ended(code, self._file(node, "out").read_text(), self._file(node, "err").read_text())
+        out, err = self._file(node, "out"), self._file(node, "err")
+        if node not in self.codes:
+            assert self.servers[node].has_ended(GENEROUS), err.read_text()
+            self.codes[node] = self.servers[node].code()
+        return Ended(self.codes[node], out.read_text(), err.read_text())
+
+    def end(self) -> None:
+        """Leaves no process of the runs, and servers that can make the next one."""
+        for node in range(len(self.marks)):
+            self.kill(node)
+            self.ended(node)
+        assert not any(map(marked, self.marks))
 
 
 @contextlib.contextmanager
-def two_nodes(folder: Path) -> Iterator[Nodes]:
-    """Skips the test where the machine does not allow namespaces; leaves nothing behind."""
+def two_nodes() -> Iterator[Callable[[Path], Nodes]]:
+    """What makes `Nodes` for one run, on two nodes that stay as long as the context.
+
+    Skips the test where the machine does not allow namespaces; leaves nothing behind.
+    """
     names = [f"minqwen-{uuid.uuid4().hex[:8]}" for _ in ADDRESSES]
-    nodes = Nodes(names, folder)
+    servers: list[Server] = []
     _check_commands()
     try:
         _join_by_cable(names)
-        yield nodes
+        for name in names:
+            enter = ["ip", "netns", "exec", name]
+            enter += ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+            servers.append(Server(enter))
+        yield lambda folder: Nodes(names, servers, folder)
     finally:
-        for node, process in enumerate(nodes.processes):
-            nodes.kill(node)
-            process.wait()
+        for server in servers:
+            server.close()
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 

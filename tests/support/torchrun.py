@@ -82,11 +82,14 @@ def environment(mark: str, changes: dict[str, str | None]) -> dict[str, str]:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes of one run that are still there, running or stopped."""
+    """The processes of one run that are still there, running or stopped.
+
+    Those of support/forked.py have the mark as their name; what they start has it as a variable.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             ended = process.status() == psutil.STATUS_ZOMBIE
-            if not ended and process.environ().get(MARK) == mark:
+            if not ended and mark in (process.name(), process.environ().get(MARK)):
                 found.append(process)
     return found

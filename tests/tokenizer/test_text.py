@@ -192,7 +192,7 @@ def test_ids_out_of_range_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "text, words",
-    [("ok \ud83d", "U+D83D, at character 3"), (None, "NoneType"), (b"bytes", "bytes"), (3, "int")],
+    [("ok \ud83d", "U+D83D, at character 3"), (None, "None"), (b"bytes", "bytes"), (3, "int")],
 )
 def test_what_is_not_text_is_refused(tiny, text, words):
     for call in (

@@ -32,12 +32,18 @@ def test_a_right_machine_gets_exit_code_0(tmp_path):
     assert "transformers on cpu" in against
 
 
+@pytest.fixture
+def no_ranks(monkeypatch):
+    """Processes take seconds to start, and the tests that take this are not about them."""
+    monkeypatch.setattr("minqwen.lab.device_model.on_ranks", lambda *args, **options: iter(()))
+
+
 def contracted(self, x, cos, sin):
     """RoPE by one fused multiply-add: the first product is not rounded."""
     return (x.double() * cos.double() + (rotate_half(x) * sin).double()).to(x.dtype)
 
 
-def test_a_machine_with_a_fault_gets_exit_code_1_and_the_first_difference(tmp_path):
+def test_a_machine_with_a_fault_gets_exit_code_1_and_the_first_difference(tmp_path, no_ranks):
     write(tmp_path / "model")
     options = [
         "--quick",
@@ -61,7 +67,7 @@ def test_a_machine_with_a_fault_gets_exit_code_1_and_the_first_difference(tmp_pa
     assert sum(bool(check["differences"]) for check in report["checks"]) == len(wrong)
 
 
-def test_a_section_that_raises_is_told_and_the_others_run(tmp_path):
+def test_a_section_that_raises_is_told_and_the_others_run(tmp_path, no_ranks):
     write(tmp_path / "model")
     with mock.patch.object(Exact, "silu_mul", None):
         done = run_tool_here(

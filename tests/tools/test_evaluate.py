@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import re
 import shlex
@@ -21,6 +23,25 @@ TASKS = ("sums", "texts", "verses")
 @pytest.fixture(autouse=True)
 def in_the_checkout(monkeypatch):
     monkeypatch.chdir(ROOT)  # the tasks name their data from there
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_directory_is_read_once():
+    """The harness has thousands of task files, which take seven seconds each time."""
+    try:
+        index = importlib.import_module("lm_eval.tasks._index").TaskIndex
+    except ImportError:  # no harness, or one that reads them elsewhere
+        yield
+        return
+    original = index.build
+    found = functools.cache(lambda root: original([root]))
+
+    def build(paths):
+        return {name: task for root in paths for name, task in found(root).items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "build", staticmethod(build))
+        yield
 
 
 def needs_harness() -> None:

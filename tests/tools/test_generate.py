@@ -7,10 +7,10 @@ import json
 import shutil
 
 import pytest
+from support.forked import forked_torchrun
 from support.naive import greedy
 from support.paths import EMBEDDED, ROOT
 from support.tool import run_tool, run_tool_here
-from support.torchrun import torchrun
 
 from minqwen import LLM, Checkpoint, SamplingParams
 from minqwen.lab.tasks import heldout_questions
@@ -48,7 +48,7 @@ def test_json_has_everything_and_the_naive_loops_tokens(
 
 
 def test_four_ranks_say_the_same_and_rank_0_speaks(one_process):
-    result = torchrun(4, ROOT / "tools" / "generate.py", [*TWO_PROMPTS, "--json", *FLAGS])
+    result = forked_torchrun(4, ROOT / "tools" / "generate.py", [*TWO_PROMPTS, "--json", *FLAGS])
     assert result.returncode == 0, result.stderr
     outputs = [json.loads(line) for line in result.stdout.splitlines()]
     assert [o["token_ids"] for o in outputs] == [o["token_ids"] for o in one_process]

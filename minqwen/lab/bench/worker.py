@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from minqwen.errors import MinqwenError, kind_and_words
+from minqwen.errors import told
 from minqwen.lab.bench.jobs import Job
 from minqwen.lab.bench.llama_cpp import load_llama_cpp
 from minqwen.lab.bench.ours import load
@@ -109,26 +109,22 @@ def work(setup: dict[str, Any], out: TextIO | None) -> None:
             torch.set_num_threads(setup["threads"])
             answer(out, measure_roofs(setup["roofs"], setup["seconds"]).as_json())
             return
-        told = Setup.from_json(setup)
-        worker = Worker(told)
-        version = package_version(PACKAGES.get(told.contestant.engine, "torch"))
+        wanted = Setup.from_json(setup)
+        worker = Worker(wanted)
+        version = package_version(PACKAGES.get(wanted.contestant.engine, "torch"))
         answer(out, {"seconds": worker.seconds, "version": version})
     except NotInstalled as error:
         answer(out, {"missing": str(error)})
         return
     except Exception as error:
-        answer(out, {"error": why(error)})
+        answer(out, {"error": told(error)})
         return
     for request in requests(worker):
         try:
             answer(out, worker.run(request))
         except Exception as error:
-            answer(out, {"error": why(error)})
+            answer(out, {"error": told(error)})
             return
-
-
-def why(error: Exception) -> str:
-    return str(error) if isinstance(error, MinqwenError) else kind_and_words(error)
 
 
 def main() -> None:

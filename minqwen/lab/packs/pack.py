@@ -24,7 +24,7 @@ from torch import Tensor
 from minqwen.checkpoint.embedded import EMBEDDED
 from minqwen.checks import boolean, did_you_mean, integer, mapping
 from minqwen.config import ModelConfig
-from minqwen.errors import MinqwenError, PackError
+from minqwen.errors import MinqwenError, PackError, told
 from minqwen.files import and_more, check_regular, quoted, read_json_object
 from minqwen.lab.golden import digest, file_digests
 from minqwen.lab.packs.runs import find_run
@@ -97,9 +97,8 @@ class Pack:
         try:
             return _pack_of(path, content)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-            why = e if isinstance(e, MinqwenError) else f"{type(e).__name__}: {e}"
             raise PackError(
-                f"{path / MANIFEST}: is no manifest of a pack ({why}); make the pack again"
+                f"{path / MANIFEST}: is no manifest of a pack ({told(e)}); make the pack again"
             ) from None
 
     @property

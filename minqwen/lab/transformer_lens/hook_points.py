@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from minqwen.checks import did_you_mean
-from minqwen.errors import TraceError
+from minqwen.errors import TraceError, a_kind
 from minqwen.model.trace import alias_of, every_name
 
 # Called as fn(tensor, hook=point). What it returns, if not None, takes the tensor's place.
@@ -121,7 +121,7 @@ class HookPoint:
     def _checked(self, answer: object, tensor: Tensor) -> Tensor:
         if isinstance(answer, Tensor) and answer.shape == tensor.shape:
             return answer
-        found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        found = tuple(answer.shape) if isinstance(answer, Tensor) else a_kind(answer)
         raise TraceError(
             f"the hook on {self.name} returned {found}, expected None or a tensor "
             f"{tuple(tensor.shape)}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minqwen.engine.llm import LLM
-from minqwen.errors import MinqwenError, TraceError, warn
+from minqwen.errors import MinqwenError, TraceError, a_kind, warn
 from minqwen.lab.transformer_lens.activation_cache import ActivationCache
 from minqwen.lab.transformer_lens.config import HookedTransformerConfig
 from minqwen.lab.transformer_lens.hook_points import (
@@ -156,7 +156,7 @@ class HookedTransformer(Text, Weights, nn.Module):
         refuse_options(options)
         if not isinstance(tokenizer, Tokenizer | str | Path | None):
             raise MinqwenError(
-                f"tokenizer is a {type(tokenizer).__name__}, expected its directory, or nothing "
+                f"tokenizer is {a_kind(tokenizer)}, expected its directory, or nothing "
                 "for the model's own"
             )
         if not isinstance(tokenizer, Tokenizer):
