@@ -24,7 +24,7 @@ from torch import Tensor
 from minqwen.checkpoint.embedded import EMBEDDED
 from minqwen.checks import boolean, did_you_mean, integer, mapping
 from minqwen.config import ModelConfig
-from minqwen.errors import MinqwenError, PackError, told
+from minqwen.errors import PackError, told
 from minqwen.files import and_more, check_regular, quoted, read_json_object
 from minqwen.lab.golden import digest, file_digests
 from minqwen.lab.packs.runs import find_run
