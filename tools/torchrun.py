@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,8 @@ def main() -> int:
         with quiet():
             launch(args)
     except SignalException as error:
-        return 128 + error.sigval
+        # The ranks have ended. To take torch down in good order would last another second or two.
+        os._exit(128 + error.sigval)
     except ChildFailedError as error:
         line = said_nothing(error)
         if line:
