@@ -520,6 +520,16 @@ BOMB = {
     "behavior": "Isolated",
     "invert": False,
 }
+
+
+def split_by(expression: str) -> dict[str, Any]:
+    """A pre-tokenizer: the expression, and then the bytes' letters."""
+    pattern = {"Regex": expression}
+    letters = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    parts = [BOMB | {"pattern": pattern}, {"type": "ByteLevel"} | letters]
+    return {"type": "Sequence", "pretokenizers": parts}
+
+
 for _name, _change, _words in (
     ("no JSON", text(TOKENIZER, "{oops"), ("damaged",)),
     ("nothing in it", text(TOKENIZER, "{}"), ("damaged",)),
@@ -550,7 +560,7 @@ for _name, _change, _words in (
     ("dropout", edit(TOKENIZER, model__dropout=0.5), ("dropout is 0.5",)),
     (
         "a broken expression",
-        edit(TOKENIZER, pre_tokenizer={**BOMB, "pattern": {"Regex": "(("}}),
+        edit(TOKENIZER, pre_tokenizer=split_by("((")),
         ("damaged",),
     ),
     (
@@ -572,7 +582,7 @@ for _name, _change, _words in (
         (),
     ),
     ("a version of the future", edit(TOKENIZER, version=3), ("damaged",)),
-    ("an expression that backtracks", edit(TOKENIZER, pre_tokenizer=BOMB), ()),
+    ("an expression that backtracks", edit(TOKENIZER, pre_tokenizer=split_by("(a+)+b")), ("cut",)),
     (
         "a normaliser that backtracks",
         edit(TOKENIZER, normalizer={"type": "Replace", "pattern": BOMB["pattern"], "content": ""}),
@@ -848,7 +858,7 @@ VALID: dict[str, Case] = {
     "a large theta": Case("one", edit(CONFIG, rope_theta=45_192_854_000.0), ()),
     "a long expression": Case(
         "one",
-        edit(TOKENIZER, pre_tokenizer={**BOMB, "pattern": {"Regex": "(((a{99}){99}){99}){99}"}}),
+        edit(TOKENIZER, pre_tokenizer=split_by("(((a{99}){99}){99}){99}")),
         (),
     ),
     "several ends": Case("one", edit(GENERATION, eos_token_id=[1, 2, 259]), ()),
