@@ -69,6 +69,19 @@ def test_ends_and_the_padding_after_them_are_transformers(pair, ragged):
     assert min(lengths) < 9 + 12  # all had ended
 
 
+def test_the_models_own_end_and_context_count_as_there(pair, ragged):
+    free = pair[1].generate(**ragged, max_new_tokens=7)
+    end = int(free[0, 10])
+    with torch.no_grad():
+        hf = oracle(eos_token_id=end, max_position_embeddings=16)
+        model = Qwen2ForCausalLM(ours(hf))
+    expected = hf.generate(**ragged, pad_token_id=PAD)  # to the end of the context
+    assert torch.equal(model.generate(**ragged, pad_token_id=PAD), expected)
+    assert (expected[0, 11:] == PAD).all() and expected.shape == (4, 16)
+    endless = model.generate(**ragged, pad_token_id=PAD, eos_token_id=None)
+    assert torch.equal(endless, free)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_embedded_models_texts_are_transformers(embedded, dtype):
     tokenizer = Tokenizer.from_dir(embedded)
