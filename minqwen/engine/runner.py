@@ -36,6 +36,27 @@ class StepLogits:
         return self.logits[[end - 1 for end in self.ends]]
 
 
+def joined(steps: Sequence[StepLogits | str]) -> StepLogits:
+    """The logits of steps of one completion each as those of one step.
+
+    Of a step that failed there is the reason; its completion has a row of zeros. Not all failed.
+    """
+    done = next(one for one in steps if isinstance(one, StepLogits))
+    logits: list[Tensor] = []
+    ends: list[int] = []
+    failures: dict[int, str] = {}
+    for i, one in enumerate(steps):
+        if isinstance(one, str):
+            failures[i] = one
+            logits.append(torch.zeros_like(done.logits[:1]))
+        else:
+            failures.update((i, why) for why in one.failures.values())
+            logits.append(one.logits)
+        ends.append(len(logits[-1]) + (ends[-1] if ends else 0))
+    starts = [end - len(rows) for end, rows in zip(ends, logits)]
+    return StepLogits(torch.cat(logits), starts, ends, failures)
+
+
 class Runner:
     """Runs steps on one model and its cache. It is the only caller of the forward pass here."""
 
