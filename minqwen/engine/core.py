@@ -18,7 +18,7 @@ from minqwen.engine.blocks import BlockPool
 from minqwen.engine.failures import described, lacks_memory
 from minqwen.engine.outputs import Delta, TokenLogprobs
 from minqwen.engine.request import Completion, Request
-from minqwen.engine.runner import Runner
+from minqwen.engine.runner import Runner, StepLogits, joined
 from minqwen.engine.scheduler import Scheduled, Scheduler
 from minqwen.errors import MinqwenError
 from minqwen.model.changes import Changes
@@ -101,7 +101,7 @@ class EngineCore:
 
     @torch.inference_mode()
     def _step(self, step: list[Scheduled]) -> list[Delta]:
-        logits = self.runner.run(step, hooked=self.intervened)
+        logits = self._run(step)
         last = wide(logits.last())  # [B, V]
         wrong = self._failures_of_all_ranks(step, logits.failures)
         finite = last.sum(-1).isfinite().tolist()  # a NaN or an infinity stays one in the sum
@@ -120,6 +120,27 @@ class EngineCore:
             except Exception as error:  # whatever it is, the others do not suffer from it
                 deltas += self._fail(item.completion.request, described(error))
         return deltas
+
+    def _run(self, step: list[Scheduled]) -> StepLogits:
+        """The forward pass. If it fails each completion is asked for its own, and those fail alone.
+
+        If all of them do, or there is one only, it is nobody's fault but ours, and this raises. So
+        it does for want of memory, and on several ranks, where the others may not have failed.
+        """
+        try:
+            return self.runner.run(step, eager=self.intervened)
+        except Exception as error:
+            if lacks_memory(error) or self.mesh.size > 1 or len(step) == 1:
+                raise
+            alone: list[StepLogits | str] = []
+            for item in step:
+                try:
+                    alone.append(self.runner.run([item], eager=True))
+                except Exception as own:
+                    alone.append(described(own))
+            if all(isinstance(one, str) for one in alone):
+                raise
+            return joined(alone)
 
     def _calls_hooks(self) -> bool:
         return (

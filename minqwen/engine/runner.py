@@ -39,6 +39,27 @@ class StepLogits:
         return self.logits[[end - 1 for end in self.ends]]
 
 
+def joined(steps: Sequence[StepLogits | str]) -> StepLogits:
+    """The logits of steps of one completion each as those of one step.
+
+    Of a step that failed there is the reason; its completion has a row of zeros. Not all failed.
+    """
+    done = next(one for one in steps if isinstance(one, StepLogits))
+    logits: list[Tensor] = []
+    ends: list[int] = []
+    failures: dict[int, str] = {}
+    for i, one in enumerate(steps):
+        if isinstance(one, str):
+            failures[i] = one
+            logits.append(torch.zeros_like(done.logits[:1]))
+        else:
+            failures.update((i, why) for why in one.failures.values())
+            logits.append(one.logits)
+        ends.append(len(logits[-1]) + (ends[-1] if ends else 0))
+    starts = [end - len(rows) for end, rows in zip(ends, logits)]
+    return StepLogits(torch.cat(logits), starts, ends, failures)
+
+
 class Runner:
     """Runs steps on one model and its cache. It is the only caller of the forward pass here.
 
@@ -76,10 +97,10 @@ class Runner:
             self.cache = model.new_cache(cache.num_blocks, cache.block_size, kv_dtype)
 
     @torch.inference_mode()
-    def run(self, step: list[Scheduled], hooked: bool = False) -> StepLogits:
+    def run(self, step: list[Scheduled], eager: bool = False) -> StepLogits:
         """One forward pass: writes the new ids' keys and values, and returns logits.
 
-        hooked: the model has hooks of somebody, who wants them called.
+        eager: through the modules, because of hooks, or for logits that outlast the next step.
         """
         num_logits = [item.count if item.completion.wants_prompt_logits else 1 for item in step]
         ends = list(accumulate(num_logits))
@@ -88,7 +109,7 @@ class Runner:
         packed = partial(pack, step, num_logits, self.cache.block_size, self.model.device)
         if self.steps is not None:
             self.cache.clear(new_last_blocks(step, self.cache.block_size))
-            if not hooked and not trace.names:
+            if not eager and not trace.names:
                 compiled = self._run_compiled(self.steps, step, packed)
                 if compiled is not None:
                     return StepLogits(compiled, starts, ends, trace.failures)

@@ -4,12 +4,11 @@ llguidance compiles a grammar in a millisecond, or in an hour: some take gigabyt
 process that compiles them (20,000 rules that lead to each other overflow its stack). Here all that
 does no harm. As in every such process, nothing of the package is there.
 
-A question: {"schema": a JSON schema or null, "begins": [[grammar, text], ...], "grammar": str, all
-grammars in llguidance's own language, "size": width of the logits, "special": {id: special token},
-"ends": ids of the tokens that end a text}.
-The answer: {"schema": null, or [path, message] of what is wrong in the schema, "begins": for each
-grammar there, whether one of its texts begins like this (true for a bad one), "why": what is wrong
-with the grammar, or null}.
+There are two questions. {"schema": a JSON schema}; the answer is {"wrong": null, or [path, message]
+of what is wrong in it}. And {"begins": [[grammar, text], ...], "grammar": str, "size": width of the
+logits, "special": {id: special token}, "ends": ids of the tokens that end a text}, all grammars in
+llguidance's own language. The answer is {"begins": for each grammar there, whether one of its texts
+begins like this (true for a bad one), "wrong": what is wrong with the other grammar, or null}.
 """
 
 from __future__ import annotations
@@ -100,12 +99,11 @@ def prepare() -> Callable[[dict[str, Any]], dict[str, Any]]:
         return None if not why or why.startswith(DEAD_END) else why
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
-        wrong = None if question["schema"] is None else wrong_in(question["schema"])
-        if wrong is not None:
-            return {"schema": wrong, "begins": [], "why": None}
+        if "schema" in question:
+            return {"wrong": wrong_in(question["schema"])}
         begins = [can_begin(grammar, text) for grammar, text in question["begins"]]
         special = json.dumps(question["special"])
         tokens = tokenizer(question["size"], special, tuple(question["ends"]))
-        return {"schema": None, "begins": begins, "why": why_not(question["grammar"], tokens)}
+        return {"begins": begins, "wrong": why_not(question["grammar"], tokens)}
 
     return answer

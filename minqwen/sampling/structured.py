@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MOST_CHARACTERS = 1 << 18  # of a schema, a regex, a grammar, or all choices
+MOST_PAIRS = 100_000  # of a pattern for names and a name that is declared
 MOST_CHOICES = 1000  # llguidance follows 2,000 alternatives at most
 SECONDS = 2.0  # of processor time that a grammar may take to be compiled
 MOST_COMPILED = 1000  # grammars of which it is remembered that they can be compiled
@@ -263,41 +264,46 @@ class ConstraintCompiler:
         digest = hashlib.sha256(value.encode()).digest()
         if digest in self.compiled:
             return
-        schema = spec.json if isinstance(spec.json, dict) else None
-        parts = list(self._patterns(schema)) if schema is not None else []
-        question = {
-            "schema": schema,
-            "begins": [[self._json_grammar(part), text] for part, text, _ in parts],
-            "grammar": self._grammar(spec),
-            "size": self.vocab_size,
-            "special": self.special,
-            "ends": self.eos_token_ids,
-        }
-        self._judge(_where(spec), parts, question, seconds)
+        where = _where(spec)
+        if isinstance(spec.json, dict):
+            self._check_schema(where, spec.json, seconds)
+        self._check_grammar(where, spec, seconds)
         self.compiled[digest] = None
         for old in list(self.compiled)[:-MOST_COMPILED]:
             self.compiled.pop(old, None)
 
-    def _judge(
-        self,
-        where: str,
-        parts: list[tuple[Any, str, str]],
-        question: dict[str, Any],
-        seconds: float,
-    ) -> None:
-        """Raise SamplingError for what is wrong with a grammar."""
-        try:
-            answer = self.confined.ask(question, seconds)
-        except Gone as gone:
-            raise SamplingError(f"{where} cannot be compiled: {gone}; make it simpler") from None
-        if answer["schema"] is not None:
-            path, message = answer["schema"]
+    def _check_schema(self, where: str, schema: dict[str, Any], seconds: float) -> None:
+        """Raise SamplingError for what is no JSON schema."""
+        wrong = self._ask(where, {"schema": schema}, seconds)["wrong"]
+        if wrong is not None:
+            path, message = wrong
             raise SamplingError(printable(f"{at(ROOT, *path)}: {message}")[:300])
+
+    def _check_grammar(self, where: str, spec: StructuredOutputs, seconds: float) -> None:
+        """Raise SamplingError for a grammar that cannot be compiled, or that nothing fits."""
+        parts = list(self._patterns(spec.json)) if isinstance(spec.json, dict) else []
+        try:
+            question = {
+                "begins": [[self._json_grammar(part), text] for part, text, _ in parts],
+                "grammar": self._grammar(spec),
+                "size": self.vocab_size,
+                "special": self.special,
+                "ends": self.eos_token_ids,
+            }
+        except ValueError as error:  # an integer beyond 64 bits, in a word that only describes
+            raise SamplingError(f"{where}: {_in_short(str(error))}") from None
+        answer = self._ask(where, question, seconds)
         for (_, _, why), can_begin in zip(parts, answer["begins"]):
             if not can_begin:
                 raise SamplingError(printable(why))
-        if answer["why"] is not None:
-            raise SamplingError(f"{where}: {_in_short(answer['why'])}")
+        if answer["wrong"] is not None:
+            raise SamplingError(f"{where}: {_in_short(answer['wrong'])}")
+
+    def _ask(self, where: str, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+        try:
+            return self.confined.ask(question, seconds)
+        except Gone as gone:
+            raise SamplingError(f"{where} cannot be compiled: {gone}; make it simpler") from None
 
     def _patterns(self, schema: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
         """What must be possible for each of the schema's patterns, or it cannot be written.
@@ -309,6 +315,11 @@ class ConstraintCompiler:
         """
         places = list(every_part(schema, ROOT))
         taken = dict.fromkeys((name for _, part in places for name in _names(part)), False)
+        open_names = sum(len(part.get("patternProperties", {})) for _, part in places)
+        if open_names * len(taken) > MOST_PAIRS:
+            raise SamplingError(
+                f"{ROOT} has {open_names} patternProperties beside {len(taken)} names: give fewer"
+            )
         for where, part in places:
             words = {word: part[word] for word in STRING_WORDS if word in part}
             if "pattern" in words:

@@ -104,9 +104,7 @@ class Service:
                 fewest = self.tokenizer.fewest_tokens(prompt)
                 self.check_length("prompt", fewest, longest, "at least ")
         ids = [
-            self.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
+            self.encoded(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
         for one in ids:
@@ -115,6 +113,12 @@ class Service:
             return ids, [""] * len(ids)
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
         return ids, texts
+
+    def encoded(self, prompt: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        except MinqwenError as error:
+            raise ApiError(400, f"prompt: {error}", param="prompt") from None
 
     def chat_ids(
         self,
@@ -225,7 +229,7 @@ class Service:
         if body.prompt is None:
             ids = self.chat_ids(body, body.tools, self.max_model_len)
         else:
-            ids = self.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            ids = self.encoded(body.prompt, body.add_special_tokens)
         strings = [self.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
         return {
             "count": len(ids),

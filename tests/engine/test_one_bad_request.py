@@ -21,6 +21,7 @@ from support.engine import (
 from support.naive import greedy
 
 import minqwen.engine.core as core_module
+import minqwen.engine.runner as runner_module
 from minqwen import LLM, Qwen2, SamplingParams, Tokenizer
 from minqwen.errors import MinqwenError, RequestError
 from minqwen.sampling.structured import Constraint, StructuredOutputs
@@ -94,7 +95,18 @@ def break_the_spelling_of_logprobs(monkeypatch):
     return bad(logprobs=3)
 
 
+def break_the_packing(monkeypatch):
+    pack = runner_module.pack
+
+    def pack_or_fail(step, *others):
+        return fail() if any(item.completion.seed == BAD for item in step) else pack(step, *others)
+
+    monkeypatch.setattr(runner_module, "pack", pack_or_fail)
+    return bad()
+
+
 BREAKS = [
+    break_the_packing,
     *(break_the_sampler, break_the_third_mask, break_a_grammar, break_logprobs),
     *(break_what_a_stop_string_needs, break_the_spelling_of_logprobs),
 ]
