@@ -59,6 +59,7 @@ def test_texts_of_a_packs_manifest_are_shown_escaped_or_refused(tmp_path):
         (lambda content: content["machine"].update(cpu=ODD), 0),
         (lambda content: content["points"].update({ODD: None}), 2),
         (lambda content: content.update(machine={"cpu": [ODD]}), 2),
+        (lambda content: content.update(prompts=[]), 2),
     ):
         shutil.rmtree(tmp_path / "forged", ignore_errors=True)
         shutil.copytree(tmp_path / "pack", tmp_path / "forged")

@@ -219,6 +219,8 @@ def _pack_of(path: Path, content: dict[str, Any]) -> Pack:
     model = content["model"]
     runs = tuple(find_run(name).name for name in content["runs"])
     prompts = tuple(_prompt(p, config) for p in content["prompts"])
+    if not prompts or not runs:
+        raise PackError("it has no prompt or no run, expected one of each")
     names, top_k = tuple(content["points"]), content["top_k"]
     unknown = [name for name in names if name not in every_name(config.num_hidden_layers)]
     if unknown:
