@@ -296,6 +296,12 @@ def test_text_becomes_tokens_and_text_again(embedded_hooked, embedded_tokenizer)
     token = model.to_single_token(" God")
     assert model.to_single_str_token(token) == " God"
     assert model.get_token_position(" God", TEXT) == ids.index(token)
+    twice = f"{TEXT} and God"
+    assert model.get_token_position(" God", twice) == ids.index(token)
+    assert (
+        model.get_token_position(" God", twice, mode="last") == model.to_tokens(twice).shape[1] - 1
+    )
+    assert model.to_tokens(TEXT * 400).shape[1] == model.cfg.n_ctx == 1024
     with pytest.raises(MinqwenError, match="is not a single token but"):
         model.to_single_token(TEXT)
 
