@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
@@ -145,6 +146,8 @@ def agree_on_engine(
 ) -> None:
     """Raise ParallelError unless all ranks, those of other replicas too, have the same options, and
     the same files of tokenizers and of generation. The cache's size may be asked for by rank."""
+    if mesh.world.size == 1:
+        return
     options = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine)}
     asked = {name: value for name, value in options.items() if name not in OF_ONE_RANK}
     files = small_files(Path(s) for s in sources if isinstance(s, (str, os.PathLike)))
@@ -155,12 +158,23 @@ def agree_on_engine(
 
 
 def small_files(directories: Iterable[Path]) -> list[Path]:
-    """The files of tokenizers, chat templates and generation that are there."""
+    """The files of tokenizers, chat templates and generation that are there.
+
+    What is wrong with one that is no file, or has a name that none can have, its reader says.
+    """
     found = []
     for path in directories:
-        found += [path / name for name in SMALL_FILES if (path / name).is_file()]
-        found += sorted(path.glob("*.jinja"))
+        with contextlib.suppress(OSError, ValueError):
+            templates = sorted(file.name for file in path.glob("*.jinja"))
+            found += [path / name for name in (*SMALL_FILES, *templates) if is_file(path / name)]
     return found
+
+
+def is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a link to itself, for one
+        return False
 
 
 def check_ranks(wanted: int | None, mesh: Mesh) -> None:

@@ -26,6 +26,11 @@ from minqwen.model.trace import Tap
 from minqwen.parallel import SINGLE, Mesh
 
 
+def version(weight: Tensor) -> int:
+    """A number that changes when the weight is written to."""
+    return 0 if weight.is_inference() else weight._version
+
+
 class Packed(Protocol):
     """What holds the weights of linear layers in their place, in a form that is faster to read."""
 
@@ -108,7 +113,14 @@ class Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
+        if self.prepared and self.prepared[1] != version(self.prepared[0]):
+            return {**self.__dict__, "prepared": None}
         return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.prepared is not None:  # the weight of a copy counts its own writes
+            self.prepared = self.weight, version(self.weight)
 
     def _apply(self, *args: Any, **options: Any) -> Linear:
         self.restore()

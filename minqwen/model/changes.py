@@ -8,7 +8,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as nn_module
 
-from minqwen.model.exact import version
+from minqwen.model.arithmetic import version
 from minqwen.model.qwen2 import Qwen2
 
 

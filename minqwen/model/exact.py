@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError, MinqwenError
-from minqwen.model.arithmetic import Linear, Native, RowParallelLinear
+from minqwen.model.arithmetic import Linear, Native, RowParallelLinear, version
 from minqwen.model.attention import weighted_values
 from minqwen.model.emulation import refuse_emulation
 from minqwen.model.rope import inverse_frequencies
@@ -588,11 +588,6 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     for out, some in zip(y.split(rows, 1), weight.split(rows)):
         torch.mm(x, wide[: len(some)].copy_(some).t(), out=out)
     return y
-
-
-def version(weight: Tensor) -> int:
-    """A number that changes when the weight is written to."""
-    return 0 if weight.is_inference() else weight._version
 
 
 def memory(device: torch.device, ranks: int) -> int:

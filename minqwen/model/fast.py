@@ -17,9 +17,8 @@ from torch.nn.modules import module as nn_module
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
-from minqwen.model.arithmetic import Linear, Native
+from minqwen.model.arithmetic import Linear, Native, version
 from minqwen.model.attention import is_finite
-from minqwen.model.exact import version
 from minqwen.model.packed import Form, Quantised, Whole, pack
 from minqwen.model.trace import Tap
 from minqwen.parallel import Mesh

@@ -128,5 +128,7 @@ def test_what_cannot_be_exact_is_refused():
     model.model.layers[1].mlp.down_proj.weight[3, 4] += 0.1
     with pytest.raises(MinqwenError, match="prepare"):
         model(ids)
+    with pytest.raises(MinqwenError, match="prepare"):
+        copy.deepcopy(model)(ids)
     model.prepare()
     assert not same(model(ids), before)
