@@ -30,10 +30,13 @@ ALLOWED = {
     ("minqwen/__main__.py", "run_path"): "the tools of the package itself",
     ("tools/_minqwen.py", "exec"): "a tool of the package, by a name from the list of its files",
     ("tools/_minqwen.py", "compile"): "the same",
+    ("minqwen/confined.py", "run_path"): "programs of the package itself",
     ("minqwen/tokenizer/chat_template.py", "import_module"): "names that stand in the file",
     ("benchmarks/mutants.py", "import_module"): "names that stand in the file",
     ("benchmarks/planted.py", "run_path"): "files of the tests",
     ("benchmarks/audited.py", "run_path"): "files of the tests",
+    ("benchmarks/ranks.py", "run_path"): "the tool that is disturbed",
+    ("benchmarks/signals.py", "run_path"): "the tool that is disturbed",
 }
 
 
