@@ -151,10 +151,11 @@ SINGLE_FAULTS = {
 @pytest.fixture
 def alarm():
     """A reader that opens a fifo blocks for ever: end the test instead."""
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("blocked"))
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("blocked"))
     signal.alarm(120)
     yield
     signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("fault", SINGLE_FAULTS)

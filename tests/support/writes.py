@@ -204,7 +204,12 @@ class Place:
 
 def alarm(seconds: float) -> Callable[[], object]:
     """SIGALRM ends a process that does not handle it, as SIGKILL does, and comes on time."""
-    return lambda: signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+
+    def stop() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # another test may handle it
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+
+    return stop
 
 
 def smallest_files(size: int) -> Callable[[], object]:
