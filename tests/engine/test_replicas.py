@@ -140,7 +140,11 @@ os.write(1, b"done\\n")
     "start, deed, reason",
     [
         (forked, "while True: pass", "has not joined the others for 2 s (it is busy at"),
-        (forked_torchrun, "os.kill(os.getpid(), signal.SIGKILL)", "killed, crashed or out of memory)"),
+        (
+            forked_torchrun,
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "killed, crashed or out of memory)",
+        ),
     ],
     ids=["runs in a circle", "is killed"],
 )
