@@ -30,12 +30,12 @@ ROUNDS = 20
 
 def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
-    found = []
+    found: list[dict[str, Any]] = []
     for size, stages, warps in itertools.product(options.block_size, options.stages, options.warps):
         for sequences, context in options.load:
             kernel = {"num_stages": stages, "num_warps": warps}
             try:
-                row = measure(options.device, size, sequences, context, kernel)
+                row: dict[str, Any] = measure(options.device, size, sequences, context, kernel)
             except Exception as error:  # a kernel that does not fit the GPU: the others may
                 row = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
             row = {"block_size": size, "sequences": sequences, "context": context, **kernel, **row}
@@ -72,7 +72,7 @@ def loads(text: str) -> list[tuple[int, int]]:
 @torch.inference_mode()
 def measure(
     device: str, size: int, sequences: int, context: int, kernel: dict[str, Any]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Microseconds of a layer, bytes a second, the largest error against float64."""
     g = torch.Generator(device).manual_seed(0)
     pool = sequences * -(-context // size)
