@@ -28,6 +28,7 @@ from minqwen.interrupts import SIGNALS, terminate
 
 NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
+ENDED = "died (it ended with status"
 MISSED = "left while it was still needed (by sys.exit, or at the end of its script)"
 TORCHRUN = -1  # stands for torchrun's own process where ranks are numbered
 STARTING = 60  # seconds that a rank has at least to arrive, and from there to its first collective
@@ -334,6 +335,9 @@ class Watch(threading.Thread):
         for r, process in self.peers.items():
             if process.node != self.node and r not in self.left:
                 self.lost.setdefault(r, f"on node {process.node} cannot be reached")
+        if any(process.node != self.node for process in self.peers.values()):
+            # A neighbour that has ended by itself has noticed the same before us.
+            self.lost = {r: why for r, why in self.lost.items() if not why.startswith(ENDED)}
         self.lost[TORCHRUN] = reason
 
     def _hear(self, r: int, word: Word, now: float) -> None:
@@ -570,7 +574,7 @@ def _how_it_ended(pid: int) -> str:
         return DIED
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
-        return f"{DIED[:4]} (it ended with status {code}, and said nothing)"
+        return f"{ENDED} {code}, and said nothing)"
     return f"died ({signal.Signals(-code).name}: killed, crashed or out of memory)"
 
 

@@ -13,7 +13,7 @@ from support.hostile.mutations import mutated
 from support.hostile.targets import TARGETS, Target, anything, make_all
 
 SOUND = {"refused", "same", "as written"}
-EXAMPLES = 12  # of each target
+EXAMPLES = 6  # of each target
 
 
 @pytest.fixture(scope="module")

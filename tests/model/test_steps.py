@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from support import compiled
@@ -29,6 +31,7 @@ def blocks_of(lengths: list[int], size: int, pool: int) -> Blocks:
     return Blocks(tables, *numbers, size)
 
 
+@pytest.mark.skipif("CI" in os.environ, reason="a compiler takes twenty seconds")
 def test_compiled_attention_over_blocks_is_attention_over_each_sequences_own_tokens():
     blocks, K, G, d = blocks_of([5, 33, 48], 16, pool=8), 2, 7, 32
     g = torch.Generator().manual_seed(0)

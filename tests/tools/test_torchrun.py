@@ -15,11 +15,11 @@ from support.tool import run_tool
 RANK = """
 import os, signal, sys, time
 deed = sys.argv[1]
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, wherever the signal meets it
 print("rank", os.environ["RANK"], flush=True)
 if deed == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if deed == "wait":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     time.sleep(10**6)
 sys.exit(int(deed))
 """
