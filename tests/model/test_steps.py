@@ -32,7 +32,9 @@ def blocks_of(lengths: list[int], size: int, pool: int) -> Blocks:
 
 
 @pytest.mark.skipif("CI" in os.environ, reason="a compiler takes twenty seconds")
-def test_compiled_attention_over_blocks_is_attention_over_each_sequences_own_tokens():
+def test_compiled_attention_over_blocks_is_attention_over_each_sequences_own_tokens(monkeypatch):
+    # The compiler imports setuptools, which does not like a distutils that another test has loaded.
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     blocks, K, G, d = blocks_of([5, 33, 48], 16, pool=8), 2, 7, 32
     g = torch.Generator().manual_seed(0)
     q = torch.randn(3, K, G, d, generator=g)
