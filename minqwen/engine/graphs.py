@@ -228,7 +228,7 @@ class Steps:
         table = self.model.model.embed_tokens
         x = look_up(ids, table.weight, table.rows, self.model.mesh)
         delta = torch.zeros_like(x)
-        rotary = [x[positions][:, None] for x in self.rotary]
+        rotary = [angles[positions][:, None] for angles in self.rotary]
         for i, layer in enumerate(self.weights.layers):
             x, delta = attend(i, x, delta, rotary)
             delta = self._sum(delta)

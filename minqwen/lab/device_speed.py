@@ -116,7 +116,7 @@ def described(
 def lacks_memory(setup: Setup) -> str:
     """Why the weights do not fit on the device with some room beside them; "" if they do."""
     device = torch.device(setup.device)
-    needed, there = setup.config().weight_bytes(), memory(device, 1)
+    needed, there = setup.config().weight_bytes(), memory(device)
     if needed * 5 // 4 < there:
         return ""
     return f"the weights take {needed / GB:.1f} GB of {there / GB:.1f} GB"

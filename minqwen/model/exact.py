@@ -335,7 +335,7 @@ class Exact(Native):
         if self.widen is not None or weight.device.type == "cpu":
             return bool(self.widen)
         self.widened_bytes += 8 * weight.numel()
-        return self.widened_bytes <= memory(weight.device, 1) // 2
+        return self.widened_bytes <= memory(weight.device) // 2
 
     def rotary_table(
         self,
@@ -590,8 +590,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def memory(device: torch.device, ranks: int) -> int:
-    """Bytes of memory that the device has for each rank, used or not."""
+def memory(device: torch.device) -> int:
+    """Bytes of memory that the device has, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

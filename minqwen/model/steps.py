@@ -28,17 +28,15 @@ from minqwen.model.fast import Fast, Joined, is_watched
 from minqwen.model.packed import Whole
 from minqwen.model.qwen2 import Layer, Qwen2
 
-Matrices = tuple[Tensor, ...]  # what one product needs in place of a weight
 QUERY_TILE = 128  # rows of a tile of flex_attention's masks; a power of two from 16 on
-SQUARE_HEADS = (16, 32, 64, 128, 256)  # head sizes that torch's fused attention takes unpadded
+FUSED_HEAD_DIMS = (16, 32, 64, 128, 256)  # what torch's fused attention takes unpadded
 
 
 class Weights(NamedTuple):
-    """Of linear layers with one input, as one matrix [out, in], and their biases [out]."""
+    """Of linear layers with one input: one matrix [out, in], and their biases [out] or None."""
 
-    matrices: Matrices
+    matrix: Tensor
     bias: Tensor | None
-    product: Callable[..., Tensor]
 
 
 class LayerWeights(NamedTuple):
@@ -87,16 +85,9 @@ def shape_of(model: Qwen2) -> Shape:
 # ---- the parts of a layer --------------------------------------------------------------------
 
 
-def whole(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T. [T, in] -> [T, out]."""
-    return F.linear(x, weight)
-
-
 def times(x: Tensor, weights: Weights) -> Tensor:
-    if weights.product is whole:
-        return F.linear(x, weights.matrices[0], weights.bias)
-    y = weights.product(x, *weights.matrices)
-    return y if weights.bias is None else y + weights.bias
+    """x W^T + b. [T, in] -> [T, out]."""
+    return F.linear(x, weights.matrix, weights.bias)
 
 
 def heads(
@@ -242,7 +233,7 @@ def weights_of(model: Qwen2) -> ModelWeights | None:
     They are the model's own tensors: what is written into one of them counts at once. One that is
     replaced does not, and `Changes` sees it.
     """
-    if type(model.ops) is not Fast or model.config.head_dim not in SQUARE_HEADS:
+    if type(model.ops) is not Fast or model.config.head_dim not in FUSED_HEAD_DIMS:
         return None
     layers = []
     for layer in model.model.layers:
@@ -260,14 +251,12 @@ def weights_of(model: Qwen2) -> ModelWeights | None:
 
 
 def _joined(linears: Sequence[Linear]) -> Weights | None:
-    packed = linears[0].packed
+    """The weights of these layers as one; None if they are in another form, or watched."""
+    first, packed = linears[0], linears[0].packed
     if isinstance(packed, Joined):
-        if not packed.serves(linears):
-            return None
-        form = packed.form
-        if isinstance(form, Whole):
-            return Weights((form.packed,), packed.bias, whole)
+        if isinstance(packed.form, Whole) and packed.serves(linears):
+            return Weights(packed.form.packed, packed.bias)
         return None
-    if len(linears) == 1 and linears[0].is_here and not is_watched(linears[0]):
-        return Weights((linears[0].weight,), linears[0].bias, whole)
+    if len(linears) == 1 and first.is_here and not is_watched(first):
+        return Weights(first.weight, first.bias)
     return None

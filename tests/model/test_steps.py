@@ -56,12 +56,12 @@ def test_the_weights_are_the_models_own_and_the_joined_ones_in_their_order():
     assert weights is not None and len(weights.layers) == 3
     layer, own = weights.layers[1], model.model.layers[1]
     attention = own.self_attn
-    assert layer.down.matrices[0] is own.mlp.down_proj.weight
+    assert layer.down.matrix is own.mlp.down_proj.weight
     assert layer.norm2 is own.post_attention_layernorm.weight
     q, k, v = (p.matrix() for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    assert torch.equal(layer.qkv.matrices[0], torch.cat((q, k, v)))
+    assert torch.equal(layer.qkv.matrix, torch.cat((q, k, v)))
     gate, up = own.mlp.gate_proj.matrix(), own.mlp.up_proj.matrix()
-    assert torch.equal(layer.gate_up.matrices[0], torch.cat((gate, up)))
+    assert torch.equal(layer.gate_up.matrix, torch.cat((gate, up)))
 
 
 @pytest.mark.parametrize("name", ["q_proj", "o_proj"])
