@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from minqwen.config import ModelConfig
 from minqwen.model.attention import dense_attention, paged_attention, weighted_values
@@ -137,6 +138,18 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self)
+
+
+def is_watched(linear: Linear) -> bool:
+    """Whether somebody has put a hook or a `forward` of his own on the layer."""
+    own = vars(linear)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+    )
 
 
 class RowParallelLinear(Linear):

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError, MinqwenError
-from minqwen.model.arithmetic import Linear, Native, RowParallelLinear, version
+from minqwen.model.arithmetic import Linear, Native, RowParallelLinear, is_watched, version
 from minqwen.model.attention import weighted_values
 from minqwen.model.emulation import refuse_emulation
 from minqwen.model.rope import inverse_frequencies
@@ -374,11 +374,16 @@ class Exact(Native):
 
     def row_parallel_linear(self, x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
         """Exact partial sums, their exact sum over ranks, + bias in float64, one rounding."""
-        y = mesh.all_reduce(product(snapped_input(x, linear, mesh), linear.weight))
-        if linear.bias is None:
-            # A sum of nothing but -0 depends on the kernel; -0 + 0 = 0.
-            return y.to(x.dtype).add_(0.0)
-        return y.add_(linear.bias).to(x.dtype)
+        return output(snapped_input(x, linear, mesh), linear, mesh, x.dtype)
+
+    def project(self, x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+        """As Native's. Layers with one input have one grid for it, so it is snapped once."""
+        if any(map(is_watched, linears)):
+            return super().project(x, *linears)
+        for linear in linears:
+            check_prepared(linear)
+        snapped = snapped_input(x, linears[0], SINGLE)
+        return tuple(output(snapped, linear, SINGLE, x.dtype) for linear in linears)
 
     def head_results(self, z: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
         """As Native's, but float64 and not rounded: the exact terms of o_proj's exact sum.
@@ -549,6 +554,15 @@ def column_shares(weight: Tensor) -> Tensor:
     return size
 
 
+def check_prepared(linear: Linear) -> None:
+    """Raise MinqwenError if the weight is not the one that was prepared."""
+    weight, written = linear.prepared or (None, 0)
+    if weight is not linear.weight or written != version(linear.weight):
+        raise MinqwenError(
+            "weights changed since they were prepared for exact arithmetic: call model.prepare()"
+        )
+
+
 def snapped_input(x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
     """x [T, in] snapped below its rows' norms, in float64.
 
@@ -570,6 +584,15 @@ def snapped_input(x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
     if linear.scale is None:
         return snap_below_norm(x, bits, mesh)
     return snap_in_place(x / linear.scale, bits, mesh).mul_(linear.scale)
+
+
+def output(snapped: Tensor, linear: Linear, mesh: Mesh, dtype: torch.dtype) -> Tensor:
+    """A layer's output of a snapped input: an exact sum, over ranks too, and one rounding."""
+    y = mesh.all_reduce(product(snapped, linear.weight))
+    if linear.bias is None:
+        # A sum of nothing but -0 depends on the kernel; -0 + 0 = 0.
+        return y.to(dtype).add_(0.0)
+    return y.add_(linear.bias).to(dtype)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from minqwen.config import ModelConfig
 from minqwen.errors import ConfigError
-from minqwen.model.arithmetic import Linear, Native, version
+from minqwen.model.arithmetic import Linear, Native, is_watched, version
 from minqwen.model.attention import is_finite
 from minqwen.model.packed import Form, Quantised, Whole, pack
 from minqwen.model.trace import Tap
@@ -103,18 +102,6 @@ def join_biases(linears: Sequence[Linear]) -> Tensor | None:
     for linear, part in zip(linears, split(joined, [len(bias) for bias in biases])):
         linear.bias = nn.Parameter(part, requires_grad=False)
     return joined
-
-
-def is_watched(linear: Linear) -> bool:
-    """Whether somebody has put a hook or a `forward` of his own on the layer."""
-    own = vars(linear)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or "forward" in own
-        or nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-    )
 
 
 class Fast(Native):

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqwen.model.arithmetic import Linear, Native
-from minqwen.model.fast import Fast, Joined, is_watched
+from minqwen.model.arithmetic import Linear, Native, is_watched
+from minqwen.model.fast import Fast, Joined
 from minqwen.model.packed import Whole
 from minqwen.model.qwen2 import Layer, Qwen2
 
