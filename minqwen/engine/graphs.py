@@ -8,83 +8,32 @@ brings more runs the compiled functions one by one. model/steps.py has what both
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minqwen.engine.buffers import Buffers, Graph, announce, captured, ladder, sequences
+from minqwen.engine.captured import CapturedModel
 from minqwen.engine.scheduler import Scheduled
-from minqwen.errors import MinqwenError, is_first_rank, kind_and_words, one_line, warn
+from minqwen.errors import MinqwenError
 from minqwen.model import Batch, KVCache, Native, Qwen2
 from minqwen.model import steps as functions
+from minqwen.model.fast import Fast
 from minqwen.model.qwen2 import look_up
 from minqwen.model.rope import table_length
-from minqwen.model.steps import Blocks, LayerWeights, ModelWeights, Shape, weights_of
+from minqwen.model.steps import FUSED_HEAD_DIMS, LayerWeights, ModelWeights, Shape, weights_of
 
 # A result is compared with the model's own at first: both err by the rounding of 16 bits, which is
 # under a twentieth of the logits in deep models. What is wrong differs by as much as they are.
 MOST_APART = 0.2
-WARM_UPS = 2  # runs before a graph is captured: they compile, and libraries take their memory
-NUMBERS = 6  # of each sequence, see `Buffers`
 # What the compiler may do for a step of one token a sequence: try how to cut each kernel's work.
 TUNED = {"coordinate_descent_tuning": True}
 # flex_attention's: tokens of the context that are loaded ahead.
 ATTENTION = {"num_stages": 3}
 KINDS = {torch.bfloat16, torch.float16}  # FlashAttention's dtypes
-
-
-class Buffers:
-    """What a captured step reads, on the device, and what fills it from here.
-
-    tables [sequences, most blocks] and numbers [NUMBERS, sequences], int32: the new id, its
-    position, its slot, how many blocks the sequence has, the last of them, and how many of its
-    tokens are there. A step smaller than its graph is filled up with its last sequence again.
-    """
-
-    def __init__(self, most: int, blocks: int, block_size: int, device: torch.device):
-        self.block_size = block_size
-        pinned: dict[str, Any] = {"pin_memory": device.type == "cuda", "dtype": torch.int32}
-        self.numbers_here = torch.zeros(NUMBERS, most, **pinned)
-        self.tables_here = torch.zeros(most, blocks, **pinned)
-        self.numbers, self.tables = (
-            torch.zeros_like(x, device=device, pin_memory=False)
-            for x in (self.numbers_here, self.tables_here)
-        )
-        self.rows: list[list[int]] = [[] for _ in range(most)]  # what `tables_here` holds
-
-    def fill(self, step: Sequence[Scheduled], count: int) -> None:
-        """Put the step's sequences, `count` with the repeated ones, on the device."""
-        padded = [*step, *[step[-1]] * (count - len(step))]
-        here = [self._numbers(item) for item in padded]
-        self.numbers_here[:, :count] = torch.tensor(here, dtype=torch.int32).T
-        self.numbers.copy_(self.numbers_here, non_blocking=True)
-        changed = [self.put(i, item.completion.blocks) for i, item in enumerate(padded)]
-        if any(changed):
-            self.tables[:count].copy_(self.tables_here[:count], non_blocking=True)
-
-    def _numbers(self, item: Scheduled) -> tuple[int, ...]:
-        place, blocks = item.end - 1, item.completion.blocks
-        block, offset = divmod(place, self.block_size)
-        slot = blocks[block] * self.block_size + offset
-        return item.completion.ids[place], place, slot, block + 1, blocks[block], offset + 1
-
-    def put(self, row: int, blocks: list[int]) -> bool:
-        """Have these blocks in a row; whether they were not there."""
-        known = self.rows[row]
-        if known == blocks:
-            return False
-        start = len(known) if known == blocks[: len(known)] else 0
-        self.tables_here[row, start : len(blocks)] = torch.tensor(blocks[start:])
-        self.rows[row] = blocks.copy()
-        return True
-
-    def of(self, count: int) -> tuple[Tensor, Tensor, Tensor, Blocks]:
-        """Ids, positions, slots [count] and blocks of the first `count` sequences."""
-        ids, positions, slots, counts, last, filled = self.numbers[:, :count]
-        blocks = Blocks(self.tables[:count], counts, last, filled, self.block_size)
-        return ids, positions, slots.long(), blocks
+LEAST_BLOCK = 16  # tokens that flex_attention reads at a time, at least
 
 
 class Steps:
@@ -115,7 +64,7 @@ class Steps:
         self.buffers = Buffers(self.ladder[-1], most_blocks, cache.block_size, model.device)
         self.capture = capture
         self.checked: set[int] = set()  # sizes of the ladder; 0 stands for several tokens
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[int, Graph] = {}
         self.one_token, self.heads = functions.one_token, functions.heads
         self.mlp, self.mlp_of_many, self.last = functions.mlp, functions.mlp, functions.last
         if compile:
@@ -169,20 +118,10 @@ class Steps:
         graph.replay()
         return logits[: len(step)]
 
-    def _captured(self, count: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        announce(count)
+    def _captured(self, count: int) -> Graph:
+        announce(f"compiling the step of {sequences(count)}")
         with many_compilations():
-            side = torch.cuda.Stream(self.model.device)
-            side.wait_stream(torch.cuda.current_stream(self.model.device))
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self._decode(count)
-            torch.cuda.current_stream(self.model.device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
-            with torch.cuda.graph(graph, pool=pool):
-                logits = self._decode(count)
-        return graph, logits
+            return captured(lambda: self._decode(count), self.model.device, self.graphs.values())
 
     def _decode(self, count: int) -> Tensor:
         ids, positions, slots, blocks = self.buffers.of(count)
@@ -289,22 +228,31 @@ def places(batch: Batch, block_size: int) -> Tensor:
     return blocks * block_size + position % block_size
 
 
-def ladder(most: int) -> list[int]:
-    """1, 2, 4, ... up to the first that is at least `most`."""
-    return [1 << i for i in range((most - 1).bit_length() + 1)]
-
-
-def steps_of(model: Qwen2, cache: KVCache, max_model_len: int, max_num_seqs: int) -> Steps | None:
-    """What runs this model's steps on its GPU; None where they run as everywhere else."""
-    served = (
-        model.device.type == "cuda"
-        and model.dtype in KINDS
-        and type(cache) is KVCache
-        and cache.block_size & (cache.block_size - 1) == 0
-        and cache.block_size >= 16
-    )
-    weights = weights_of(model) if served else None
-    return None if weights is None else Steps(model, cache, weights, max_model_len, max_num_seqs)
+def steps_of(
+    model: Qwen2, cache: KVCache, max_model_len: int, max_num_seqs: int
+) -> Steps | CapturedModel:
+    """What runs this model's steps on its GPU. Raises MinqwenError, with the reason, for none."""
+    if model.device.type != "cuda":
+        raise MinqwenError(f"that is for GPUs, and the model is on {model.device}")
+    if model.ops.order_free:
+        return CapturedModel(model, cache, max_model_len, max_num_seqs)
+    if type(model.ops) is not Fast:
+        raise MinqwenError(f"that is for fast and exact arithmetic, and this is {model.ops.name}")
+    if model.dtype not in KINDS:
+        raise MinqwenError(f"that is for bfloat16 and float16, and the model is in {model.dtype}")
+    if type(cache) is not KVCache:
+        raise MinqwenError("the cache holds 8 bits: use kv_cache_dtype='auto'")
+    if cache.block_size < LEAST_BLOCK or cache.block_size & (cache.block_size - 1):
+        raise MinqwenError(
+            f"block_size is {cache.block_size}: use a power of two from {LEAST_BLOCK} on"
+        )
+    weights = weights_of(model)
+    if weights is None:
+        raise MinqwenError(
+            "the weights are quantised, offloaded, hooked or changed since they were prepared, or "
+            f"the heads have another size than {', '.join(map(str, FUSED_HEAD_DIMS))}"
+        )
+    return Steps(model, cache, weights, max_model_len, max_num_seqs)
 
 
 def of_any_length(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -333,15 +281,3 @@ def many_compilations() -> Iterator[None]:
     """A function is compiled for each size of the ladder: more often than torch expects."""
     with torch._dynamo.config.patch(recompile_limit=64):
         yield
-
-
-def announce(count: int) -> None:
-    if is_first_rank() and sys.stderr is not None:
-        sequences = "one sequence" if count == 1 else f"{count} sequences"
-        print(f"note: compiling the step of {sequences}, once", file=sys.stderr, flush=True)
-
-
-def give_up(error: Exception) -> None:
-    """Say why steps are not compiled from now on."""
-    reason = one_line(kind_and_words(error))
-    warn(f"steps are not compiled or captured from now on: {reason}", stacklevel=2)

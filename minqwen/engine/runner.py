@@ -10,10 +10,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from minqwen.engine.captured import CapturedModel
 from minqwen.engine.failures import lacks_memory
-from minqwen.engine.graphs import Steps, give_up, steps_of
+from minqwen.engine.graphs import Steps, steps_of
 from minqwen.engine.scheduler import Scheduled
 from minqwen.engine.tracing import StepTrace
+from minqwen.errors import one_line, told, warn
 from minqwen.model import Batch, KVCache, Qwen2
 from minqwen.model.kv_cache import Int8KVCache
 from minqwen.model.trace import UNTRACED, TracingTap
@@ -78,7 +80,8 @@ class Runner:
         self.model, self.cache = model, cache
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.enforce_eager = enforce_eager
-        self.steps: Steps | None = None
+        self.steps: Steps | CapturedModel | None = None
+        self.why_eager = ""  # why there are none, if they were asked for
 
     def renew(self) -> None:
         """Begin anew with a model that has changed.
@@ -88,7 +91,10 @@ class Runner:
         self._renew_cache()
         self.steps = None  # before there are others, so that their memory is free
         if not self.enforce_eager:
-            self.steps = steps_of(self.model, self.cache, self.max_model_len, self.max_num_seqs)
+            try:
+                self.steps = steps_of(self.model, self.cache, self.max_model_len, self.max_num_seqs)
+            except Exception as error:
+                self._give_up(error)
 
     def _renew_cache(self) -> None:
         cache, model = self.cache, self.model
@@ -119,17 +125,24 @@ class Runner:
         return StepLogits(logits, starts, ends, trace.failures)
 
     def _run_compiled(
-        self, steps: Steps, step: list[Scheduled], packed: Callable[[], tuple[Tensor, Batch]]
+        self,
+        steps: Steps | CapturedModel,
+        step: list[Scheduled],
+        packed: Callable[[], tuple[Tensor, Batch]],
     ) -> Tensor | None:
         """Logits; None, and no step is compiled from then on, where that does not work."""
         try:
             return steps.run(step, packed)
         except Exception as error:
-            if lacks_memory(error):
-                raise
-            self.steps = None
-            give_up(error)
+            self._give_up(error)
             return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without compiled steps, and say why. Raises the error if memory is lacking."""
+        if lacks_memory(error):
+            raise error
+        self.steps, self.why_eager = None, one_line(told(error))
+        warn(f"steps are not compiled or captured from now on: {self.why_eager}", stacklevel=2)
 
 
 def new_last_blocks(step: Sequence[Scheduled], block_size: int) -> list[int]:

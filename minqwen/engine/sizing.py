@@ -41,7 +41,7 @@ class EngineOptions:
     size. max_num_seqs and max_num_batched_tokens bound a step. enable_prefix_caching: keys and
     values that earlier requests computed are used again. kv_cache_dtype: "auto" is the model's,
     "int8" takes half of 16 bits and is less exact. enforce_eager: nothing is compiled; False:
-    on a GPU, fast arithmetic runs compiled functions and CUDA graphs, which were not measured yet.
+    on a GPU, fast arithmetic runs compiled functions and CUDA graphs, and exact arithmetic graphs.
     """
 
     max_model_len: int | None = None

@@ -31,6 +31,9 @@ class Batch:
     slots: Tensor  # [T] int64, block * block_size + offset; [0] without a cache
     block_tables: Tensor  # [B, most blocks of a sequence] int64, padded with any valid block
     logits_at: Tensor | None = None  # [N] int64, the tokens whose logits are wanted; None: all
+    # Where the lengths are known on the device only: none is shorter than this, and `context_lens`
+    # says how long they may be.
+    shortest_context: int | None = None
 
     @staticmethod
     def dense(num_sequences: int, length: int, device: torch.device | str = "cpu") -> Batch:
@@ -97,7 +100,7 @@ class Batch:
 
     def _span(self, first: int, count: int) -> Span:
         lengths = self.context_lens[first : first + count]
-        shortest, longest = min(lengths), max(lengths)
+        shortest, longest = self.shortest_context or min(lengths), max(lengths)
         past = None
         if shortest < longest:
             ends = self.context_lengths[first : first + count].view(count, 1, 1, 1)

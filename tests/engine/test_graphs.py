@@ -8,8 +8,11 @@ from support.compiled import CONFIG, compiled_steps, engine, model_as_on_a_gpu
 from support.engine import idle
 from support.ranks import on_ranks
 
-from minqwen import SamplingParams
-from minqwen.engine.graphs import Buffers, ladder
+from minqwen import LLM, SamplingParams
+from minqwen.engine.buffers import Buffers, ladder
+from minqwen.engine.graphs import steps_of
+from minqwen.errors import MinqwenError
+from minqwen.lab.shapes import random_model
 from minqwen.model import steps
 
 PROMPTS = [list(range(5, 5 + n)) for n in (1, 7, 16, 33, 50)]
@@ -123,7 +126,38 @@ def test_steps_that_do_not_work_give_way_to_the_model_itself(model, made, monkey
         found = told(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
     assert len(said) == 1 and "\n" not in str(said[0].message)
     assert_same(found, expected)
-    assert llm.core.runner.steps is None
+    assert llm.core.runner.steps is None and llm.core.runner.why_eager
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "the model is on cpu"),
+        ({"arithmetic": "native"}, "for fast and exact arithmetic, and this is native"),
+        ({"dtype": torch.float32}, "the model is in torch.float32"),
+        ({"kv_dtype": "int8"}, "the cache holds 8 bits"),
+        ({"block_size": 24}, "block_size is 24: use a power of two from 16 on"),
+        ({"changed": True}, "changed since they were prepared"),
+    ],
+)
+def test_why_steps_are_not_compiled_is_said(monkeypatch, change, reason):
+    small = random_model(
+        CONFIG,
+        dtype=change.get("dtype", torch.bfloat16),
+        arithmetic=change.get("arithmetic", "fast"),
+    )
+    cache = small.new_cache(2, change.get("block_size", 16), change.get("kv_dtype", "auto"))
+    if change:
+        monkeypatch.setattr(type(small), "device", torch.device("cuda"))
+    with pytest.raises(MinqwenError, match=reason):
+        steps_of(small, cache, 32, 1)
+
+
+def test_an_engine_says_so_in_one_line_when_its_steps_are_not_compiled(model):
+    llm = LLM(model, max_model_len=32, num_blocks=4, enforce_eager=False)
+    with pytest.warns(UserWarning, match="not compiled .*: that is for GPUs, .* on cpu$") as said:
+        llm.generate(PROMPTS[:2], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert len(said) == 1 and "on cpu" in llm.core.runner.why_eager
 
 
 def test_two_ranks_have_the_tokens_of_one(made, model):

@@ -106,6 +106,15 @@ class FakeLlama:
         return self.logits[place].ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
 
+def test_an_engine_that_does_not_capture_is_not_measured_as_one_that_does(model_path):
+    engine = load(setup(model_path, read_contestant("fast/captured", "bfloat16")), Mesh())
+    with (
+        pytest.warns(UserWarning, match="not compiled or captured"),
+        pytest.raises(MinqwenError, match="steps are not captured: that is for GPUs"),
+    ):
+        engine.run([Ask([1, 2, 3], 2)])
+
+
 def test_the_function_that_llama_cpp_writes_its_log_with_stays_in_memory(model_path):
     """The library holds it by its address only, and calls it whenever it has something to say."""
     seen = []

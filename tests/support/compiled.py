@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from minqwen import LLM, ModelConfig, Qwen2
 from minqwen.engine import runner
+from minqwen.engine.captured import CapturedModel
 from minqwen.engine.graphs import Steps
 from minqwen.lab.shapes import random_model
 from minqwen.model import KVCache, steps
@@ -82,15 +85,20 @@ def attend_packed(
     return out
 
 
-def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> list[Steps]:
+def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let engines of this test run their steps as on a GPU; those that were made so far."""
-    made: list[Steps] = []
+    made: list[Any] = []  # Steps or CapturedModel
 
-    def steps_of(model: Qwen2, cache: KVCache, length: int, sequences: int) -> Steps | None:
-        weights = weights_of(model)
-        if weights is None:
-            return None
-        own = Steps(model, cache, weights, length, sequences, capture=False, compile=False)
+    def steps_of(
+        model: Qwen2, cache: KVCache, length: int, sequences: int
+    ) -> Steps | CapturedModel:
+        own: Steps | CapturedModel
+        if model.ops.order_free:
+            own = CapturedModel(model, cache, length, sequences, capture=False)
+        else:
+            weights = weights_of(model)
+            assert weights is not None
+            own = Steps(model, cache, weights, length, sequences, capture=False, compile=False)
         made.append(own)
         return own
 

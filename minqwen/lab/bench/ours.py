@@ -50,7 +50,7 @@ class Scheduled:
     """Through the engine's steps: scheduling, blocks, sampling and text included."""
 
     def __init__(self, model: Qwen2, setup: Setup):
-        captured = setup.contestant.captured
+        self.captured = captured = setup.contestant.captured
         block_size = CAPTURED_BLOCK_SIZE if captured else BLOCK_SIZE
         per_seq = -(-setup.longest // block_size)
         self.device, self.vocab_size = model.device.type, model.config.vocab_size
@@ -80,7 +80,14 @@ class Scheduled:
             for delta in self.llm.core.step(undisturbed=len(watch.marks) > 0):
                 found[delta.request_id] += delta.token_ids
             watch.mark(sum(map(len, found.values())), sum(map(bool, found.values())))
+        self._check_captured()
         return Run(watch.marks, list(found.values()))
+
+    def _check_captured(self) -> None:
+        """Raise MinqwenError if what was measured is another thing than was asked for."""
+        runner = self.llm.core.runner
+        if self.captured and runner.steps is None:
+            raise MinqwenError(f"steps are not captured: {runner.why_eager}")
 
     def _run_replicas(self, asks: list[Ask], params: list[SamplingParams]) -> Run:
         """All at once: of several replicas only the first tokens and the end are known."""
