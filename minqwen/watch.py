@@ -22,13 +22,13 @@ from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
+from minqwen.board import Board
 from minqwen.errors import ParallelError
 from minqwen.files import printable
 from minqwen.interrupts import SIGNALS, terminate
 
 NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
-ENDED = "died (it ended with status"
 MISSED = "left while it was still needed (by sys.exit, or at the end of its script)"
 TORCHRUN = -1  # stands for torchrun's own process where ranks are numbered
 STARTING = 60  # seconds that a rank has at least to arrive, and from there to its first collective
@@ -54,11 +54,13 @@ def goes_on() -> None:
 
 class Process(NamedTuple):
     """A process on some node. Two processes of one `space` give the same pid to the same process;
-    `space` is empty where that is unknown. `node` is torchrun's number of the node."""
+    `space` is empty where that is unknown. `node` is torchrun's number of the node. `board` is
+    what the process calls the board that it has made."""
 
     pid: int
     space: str
     node: int
+    board: int = -1
 
 
 class Word(NamedTuple):
@@ -89,7 +91,11 @@ class Watch(threading.Thread):
     """A thread in every rank that watches all other ranks, which are called its peers.
 
     The first rank that notices a lost peer prints the line; then all ranks exit with status 1. A
-    node that no longer reaches the store prints a line of its own. What the watch notices:
+    node that no longer reaches the store prints a line of its own. A rank that ends because of what
+    it has noticed, or of a signal, leaves a word on the board of its node before it does: its
+    neighbours, who may notice its end first, do not take that for a cause. And it stays until the
+    ranks of other nodes know that the run has ended, since the store may end with it. What the
+    watch notices:
 
     - A peer is killed or crashes. The pidfd of every peer on this node, and of torchrun, becomes
       readable when that process ends. Only Linux has pidfds.
@@ -152,8 +158,11 @@ class Watch(threading.Thread):
         self.lost: dict[int, str] = {}  # other peers that are gone, or torchrun, and what happened
         self.questions: dict[int, int] = {}  # of each thread: its unanswered question to the store
         self.asked = itertools.count()
+        self.spoken = itertools.count()  # how often this rank was about to print the line
+        self.board = Board()
         self.peers = self._meet(max(timeout, STARTING))
-        self.looked = time.monotonic()
+        self._share_board()
+        self.looked = self.seen = time.monotonic()  # when the last look began, and one that is done
         self.words = dict.fromkeys(self.peers, Word(-1))  # the last word of each peer ...
         self.heard = dict.fromkeys(self.peers, self.looked)  # ... when it was new ...
         self.moved = dict.fromkeys(self.peers, self.looked)  # ... and when it had gone on
@@ -178,7 +187,8 @@ class Watch(threading.Thread):
         deadline = time.monotonic() + patience
         peers = [r for r in range(self.size) if r != self.rank]
         with self._sigterm_is_explained(peers):
-            self.store.set(f"who/{self.rank}", json.dumps([os.getpid(), _pid_space(), self.node]))
+            who = Process(os.getpid(), _pid_space(), self.node, self.board.fd)
+            self.store.set(f"who/{self.rank}", json.dumps(who))
             self.store.set(f"word/{self.rank}", json.dumps(Word()))
             for r in peers:
                 if not self._arrives(r, deadline):
@@ -218,6 +228,14 @@ class Watch(threading.Thread):
                 return False
             time.sleep(0.02)
         return True
+
+    def _share_board(self) -> None:
+        """All ranks of this node use the board of the lowest of them."""
+        space = _pid_space()
+        here = [r for r, process in self.peers.items() if space and process.space == space]
+        lowest = min(here, default=self.rank)
+        if lowest < self.rank:
+            self.board.share(self.peers[lowest].pid, self.peers[lowest].board)
 
     def _open_pidfd(self, r: int, process: Process) -> None:
         """Lets the poll report the end of a process on this node."""
@@ -262,19 +280,22 @@ class Watch(threading.Thread):
             self.lost[TORCHRUN] = "torchrun " + DIED
         if TORCHRUN not in self.lost:  # the store is torchrun's and ends with it
             self._exchange_words(now)
+        self.ended = self.ended or self.board.is_claimed()
         # After the exchange: a peer that leaves writes so before its process ends.
         self._note_ended(ready)
         self._note_silent(now)
         self._note_missed(now)
         self._note_absent(now)
-        if now > self.exit_at:
-            os._exit(self.exit_code)
+        if now > self.exit_at and not self.lost:  # else this rank ends after the line
+            self._exit(self.exit_code)
+        self.seen = now
 
     def _forgive_own_pause(self, now: float, wait: float) -> None:
         """When this process itself did not run for a while, no peer is blamed for that time."""
         pause = now - self.looked - wait
         self.looked = now
         if pause > self.beat:
+            self.failed_at += pause
             self.heard = {r: then + pause for r, then in self.heard.items()}
             self.moved = {r: then + pause for r, then in self.moved.items()}
             self.awaited_since += pause
@@ -295,7 +316,7 @@ class Watch(threading.Thread):
                 own = self._own_word()
                 self.store.set(f"word/{self.rank}", json.dumps(own))
                 words = self.store.multi_get([f"word/{r}" for r in self.peers])
-                self.ended = self.store.check(["ended"])
+                self.ended = self.ended or self.store.check(["ended"])
         except RuntimeError:
             self._lose_store("torchrun's store does not answer")
             return
@@ -335,9 +356,6 @@ class Watch(threading.Thread):
         for r, process in self.peers.items():
             if process.node != self.node and r not in self.left:
                 self.lost.setdefault(r, f"on node {process.node} cannot be reached")
-        if any(process.node != self.node for process in self.peers.values()):
-            # A neighbour that has ended by itself has noticed the same before us.
-            self.lost = {r: why for r, why in self.lost.items() if not why.startswith(ENDED)}
         self.lost[TORCHRUN] = reason
 
     def _hear(self, r: int, word: Word, now: float) -> None:
@@ -350,12 +368,16 @@ class Watch(threading.Thread):
             self.left.add(r)
 
     def _note_ended(self, ready: set[int]) -> None:
-        """A peer whose process ended is lost, unless it left of its own accord."""
-        for r in self.peers.keys() & self.pidfds.keys():
-            if self.pidfds[r] in ready:
-                self.poll.unregister(self.pidfds[r])
-                if r not in self.left:
-                    self.lost[r] = _how_it_ended(self.peers[r].pid)
+        """A peer whose process ended is lost, unless it left of its own accord, or because it had
+        noticed before this rank what ends the run."""
+        ended = [r for r in self.peers.keys() & self.pidfds.keys() if self.pidfds[r] in ready]
+        lines = self.board.lines() if ended else []
+        for r in ended:
+            self.poll.unregister(self.pidfds[r])
+            if f"rank {r} ends" in lines:
+                self.left.add(r)
+            elif r not in self.left:
+                self.lost[r] = _how_it_ended(self.peers[r].pid)
 
     def _note_silent(self, now: float) -> None:
         """A peer is lost when its word stands still. After a failed collective, 5 s are enough."""
@@ -426,32 +448,50 @@ class Watch(threading.Thread):
 
     def _end(self) -> NoReturn:
         """Prints the line if no other rank does, kills the lost ranks of this node, and exits."""
-        first = self._is_first()
-        if first:
+        if self._is_first():
             os.write(2, f"error: {self._reasons()}: all ranks stop\n".encode())
         for r in (self.peers.keys() & self.pidfds.keys() & self.lost.keys()) - self.left:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfds[r], signal.SIGKILL)
-        if first and TORCHRUN in self.lost:
-            self._let_peers_end()
-        os._exit(1)
+        self._let_other_nodes_hear()
+        self._exit(1)
 
-    def _let_peers_end(self) -> None:
-        """Stays for two beats at most while peers of this node notice that the store is lost. One
-        that finds the speaker dead already would take it for killed, and print a line too."""
-        deadline = time.monotonic() + 2 * self.beat
-        here = (self.peers.keys() & self.pidfds.keys()) - self.lost.keys() - self.left
-        waiting = [self.pidfds[r] for r in here]
-        while waiting and (seconds := deadline - time.monotonic()) > 0:
-            ended, _, _ = select.select(waiting, [], [], seconds)
-            waiting = [pidfd for pidfd in waiting if pidfd not in ended]
+    def _exit(self, status: int) -> NoReturn:
+        self._pin_end()
+        os._exit(status)
+
+    def _pin_end(self) -> None:
+        """From now on the end of this process is no death."""
+        self.board.pin(f"rank {self.rank} ends")
+
+    def _let_other_nodes_hear(self) -> None:
+        """Stays until the ranks of other nodes know that the run has ended. The store may be on
+        this node and end with it, and they would say that this node is lost."""
+        nodes = {r: process.node for r, process in self.peers.items()}
+        far = {r for r, node in nodes.items() if node != self.node} - self.left - self.lost.keys()
+        if TORCHRUN in self.lost or not far:
+            return
+        deadline = time.monotonic() + FAREWELL
+        with contextlib.suppress(RuntimeError):  # the store is lost, and there was a line
+            with self._asking():
+                self.store.set(f"over/{self.rank}", "")
+            while not self._know(far) and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def _know(self, ranks: set[int]) -> bool:
+        with self._asking():
+            return self.store.check([f"over/{r}" for r in ranks])
 
     def _is_first(self) -> bool:
-        """Whether this rank prints the line: the first to ask the store does. Without the store it
-        is the lowest rank of this node that is still there."""
-        if TORCHRUN in self.lost:
-            here = {r for r, process in self.peers.items() if process.node == self.node}
-            return self.rank == min({self.rank} | (here - self.left - self.lost.keys()))
+        """Whether this rank prints the line, which it does once: the first of its node does, if the
+        store says that it is the first of all nodes too, or if the store is lost."""
+        if not self.board.claim():
+            return False
+        # The store may hold up one thread while another, the guard, finds that it is lost.
+        first = TORCHRUN in self.lost or self._is_first_of_all()
+        return first and next(self.spoken) == 0
+
+    def _is_first_of_all(self) -> bool:
         try:
             with self._asking():
                 return self.store.add("ended", 1) == 1
@@ -521,9 +561,10 @@ class Watch(threading.Thread):
 
     def investigate(self) -> None:
         """The main thread calls this when a collective failed. If a peer is to blame, this process
-        ends meanwhile; it returns only if none is found in 7 s."""
+        ends meanwhile; it returns only if the watch, which may be late, finds none in 7 s."""
         self.failed_at = time.monotonic()
-        time.sleep(7)
+        while self.is_alive() and self.seen <= self.failed_at + 7:
+            time.sleep(0.1)
         self.failed_at = NEVER
 
     def leave(self, linger: float) -> None:
@@ -532,6 +573,7 @@ class Watch(threading.Thread):
         self.leaving = True
         with contextlib.suppress(OSError, ValueError):  # this process may end without doing it
             sys.stdout.flush()
+        self._pin_end()
         os.write(self.wake, b"\0")
         self.join()
         self._look(0)  # this writes the last word
@@ -548,6 +590,7 @@ class Watch(threading.Thread):
         were well."""
         while not self.lost and self.left != self.peers.keys() and time.monotonic() < deadline:
             if self.ended and self.failing:
+                self._let_other_nodes_hear()
                 return  # its status says so already
             if self.ended:
                 self._end()
@@ -574,7 +617,7 @@ def _how_it_ended(pid: int) -> str:
         return DIED
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
-        return f"{ENDED} {code}, and said nothing)"
+        return f"died (it ended with status {code}, and said nothing)"
     return f"died ({signal.Signals(-code).name}: killed, crashed or out of memory)"
 
 

@@ -20,6 +20,7 @@ ROOMS = [
     ["confined"],
     ["config"],
     ["tokenizer"],
+    ["board"],
     ["watch"],
     ["parallel"],
     ["agreement"],

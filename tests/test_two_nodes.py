@@ -21,20 +21,22 @@ def nodes(make_nodes, tmp_path):
     found.end()
 
 
-# Sums without end. Rank 0 prints a line when all ranks are at work.
+# Sums without end. Rank 0 prints a line when all ranks are at work; one rank may stop then.
 SUMS = """
-import os, torch
+import os, signal, sys, torch
 from minqwen.parallel import Mesh
 mesh = Mesh.from_env("cpu")
 for step in range(10**9):
     mesh.all_reduce(torch.ones(1000))
     if step == 20 and mesh.rank == 0:
         print(os.environ["GLOO_SOCKET_IFNAME"], flush=True)
+    if step == 20 and str(mesh.rank) == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
-def start_sums(nodes: Nodes, timeout_s: int = 600) -> None:
-    nodes.start(SUMS, MINQWEN_TIMEOUT=str(timeout_s))
+def start_sums(nodes: Nodes, timeout_s: int = 600, stops: int | None = None) -> None:
+    nodes.start(SUMS, [stops], MINQWEN_TIMEOUT=str(timeout_s))
     nodes.wait_for_output(0)
 
 
@@ -59,9 +61,14 @@ def test_a_killed_node_ends_the_one_with_the_store(nodes):
     assert ended.out.strip() == INTERFACE  # gloo uses the one that leads to the store
 
 
-def test_when_the_node_with_the_store_is_killed_the_other_ends(nodes):
-    start_sums(nodes)
+@pytest.mark.parametrize("stops", [2, 3])
+def test_when_the_node_with_the_store_is_killed_the_other_ends(nodes, stops):
+    # The rank that stops looks again when its neighbour has noticed, and ended.
+    start_sums(nodes, stops=stops)
+    stopped = nodes.wait_for_stop(1)
     nodes.kill(0)
+    nodes.wait_for_end_of_others(1, stopped)
+    stopped.resume()
     ended = nodes.ended(1)
     assert ended.code != 0 and len(ended.errors) == 1, ended.err
     assert names_only(ended.errors[0], {0, 1})
@@ -79,6 +86,6 @@ def test_a_cut_link_ends_both_nodes_after_the_timeout(nodes):
 
 
 def test_an_interface_that_leads_nowhere_is_named(nodes):
-    nodes.start(SUMS, GLOO_SOCKET_IFNAME="lo")
+    nodes.start(SUMS, [None], GLOO_SOCKET_IFNAME="lo")
     err = nodes.ended(0).err + nodes.ended(1).err
     assert "cannot reach the others over lo" in err and "set GLOO_SOCKET_IFNAME" in err

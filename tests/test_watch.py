@@ -259,7 +259,7 @@ os.write(1, b"done\\n")
 
 
 def test_a_rank_may_be_late_at_first_and_while_its_user_thinks():
-    done = forked(2, LATE, env={"MINQWEN_TIMEOUT": "1"})
+    done = forked(2, LATE, env={"MINQWEN_TIMEOUT": "3"})
     assert done.returncode == 0 and done.stdout == "done\ndone\n" and "error" not in done.stderr
 
 

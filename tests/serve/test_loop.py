@@ -145,7 +145,8 @@ def test_a_client_that_goes_away_frees_its_blocks(small, monkeypatch):
         gate.let(1)  # the step that it may be in; before the next one the request is dropped
         eventually(lambda: idle(small))
         with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/completions", json={**asked, "n": 4}, timeout=0.5)
+            quick = httpx.Timeout(120, read=0.5)
+            http.post("/v1/completions", json={**asked, "n": 4}, timeout=quick)
         eventually(lambda: not running.service.front.open)
         gate.let(1)
         eventually(lambda: idle(small))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from support.forked import Server
@@ -75,6 +76,24 @@ class Nodes:
         while not out.exists() or b"\n" not in out.read_bytes():
             ended = self.servers[node].has_ended(0.05) or time.monotonic() > deadline
             assert not ended, self._file(node, "err").read_text()
+
+    def wait_for_stop(self, node: int) -> psutil.Process:
+        """The process of `node` that has been stopped, when one has."""
+        while True:
+            for process in self._running(node):
+                if process.status() == psutil.STATUS_STOPPED:
+                    return process
+
+    def wait_for_end_of_others(self, node: int, rank: psutil.Process) -> None:
+        """Returns when torchrun has no other rank than `rank` on `node`."""
+        while len(torchrun_and_ranks := self._running(node)) > 2:
+            pass
+        assert rank in torchrun_and_ranks
+
+    def _running(self, node: int) -> list[psutil.Process]:
+        """The processes of a node, as long as its torchrun has not ended."""
+        assert not self.servers[node].has_ended(0.05), self._file(node, "err").read_text()
+        return marked(self.marks[node])
 
     def kill(self, node: int) -> None:
         """Ends every process of a node at once, torchrun too."""
