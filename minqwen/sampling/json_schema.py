@@ -110,12 +110,22 @@ def _check_schema(schema: Any, where: str) -> None:
             hint = did_you_mean(str(word), KEYWORDS)
             text = f"{where}: keyword {word!r} is not supported: leave it out{hint}"
             raise SamplingError(printable(text))
+    _check_names(schema, where)
     _check_values(schema, where)
     _check_bounds(schema, where)
     _check_min_properties(schema, where)
     _check_patterns(schema, where)
     for part_where, part in parts(schema, where):
         _check_schema(part, part_where)
+
+
+def _check_names(schema: dict[str, Any], where: str) -> None:
+    """Lists of names hold texts: jsonschema compares other values each with each, to find two that
+    are the same."""
+    for word in ("type", "required"):
+        names = schema.get(word)
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            raise _wrong(at(where, word), names, "a list of texts")
 
 
 def _check_values(schema: dict[str, Any], where: str) -> None:

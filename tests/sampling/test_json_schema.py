@@ -38,6 +38,14 @@ def test_every_keyword_takes_a_value_or_is_told_with_its_place(word):
             assert line is None or "it" in line, line
 
 
+@pytest.mark.parametrize("word", ["type", "required"])
+def test_names_are_texts_however_many_there_are(word):
+    """jsonschema would compare all of them with each other."""
+    with pytest.raises(SamplingError, match=rf"#/{word} is \[.*, expected a list of texts"):
+        StructuredOutputs(json={word: [[]] + ["x"] * 50_000})
+    assert StructuredOutputs(json={word: ["string", "null"]})
+
+
 def test_a_pattern_is_a_text_and_patterns_of_names_are_an_object():
     for wrong, what in (("pattern", "a regex"), ("patternProperties", "an object of schemas")):
         with pytest.raises(SamplingError, match=f"#/{wrong} is 1.5, expected {what}"):
