@@ -69,7 +69,8 @@ class Room:
 ROOMS = {
     "cache": Room(
         ("minqwen/engine/blocks.py", "minqwen/model/kv_cache.py"),
-        ("engine/test_blocks.py", "engine/test_int8_cache.py", "engine/test_scheduler.py"),
+        ("engine/test_blocks.py", "model/test_kv_cache.py", "engine/test_int8_cache.py")
+        + ("engine/test_scheduler.py",),
     ),
     "scheduler": Room(
         ("minqwen/engine/scheduler.py",),
