@@ -10,6 +10,10 @@ returned value or a deleted statement. It is written into a copy of the checkout
 its room run there until the first one fails. Then it is killed; a mutant that hangs is, too. One
 that survives is a test that is missing, or a change that changes nothing.
 
+Which tests execute which lines is found out first, on the code as it is. The tests that execute the
+changed statement run first, the fastest before the others; only if none of them fails all the
+others of the room run, too. So the order saves time, and no outcome depends on it.
+
 The sample follows from --seed, and a larger --count has the mutants of a smaller one. What has been
 tried is in the file --out, so that a run that is broken off goes on where it was. The tests run in
 forks of one process that has imported torch. Exits with 1 if a mutant survives.
@@ -28,11 +32,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from minqwen.cli import Parser, run
@@ -43,9 +49,10 @@ WARM = (
     *("torch", "transformers", "numpy", "hypothesis", "pytest", "safetensors.torch", "psutil"),
     *("tokenizers", "sentencepiece", "jinja2", "llguidance", "jsonschema", "torch.distributed"),
 )
-# A mutant hangs if a process of it takes so many times the processor's time of the code itself, and
-# half a minute; in the first file of tests, once that time; or if it takes an hour.
-IMPATIENCE, LEAST, HOUR = 4, 30, 3600
+# A mutant hangs if one test takes so many times the processor's time that it takes by itself, and
+# some seconds; or ten times that by the clock, where it waits and does nothing.
+IMPATIENCE, LEAST, WAITING = 4, 8, 10
+HOUR = 3600
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Room:
 ROOMS = {
     "cache": Room(
         ("minqwen/engine/blocks.py", "minqwen/model/kv_cache.py"),
-        ("engine/test_blocks.py", "engine/test_int8_cache.py", "engine/test_scheduler.py"),
+        ("engine/test_blocks.py", "model/test_kv_cache.py", "engine/test_int8_cache.py")
+        + ("engine/test_scheduler.py",),
     ),
     "scheduler": Room(
         ("minqwen/engine/scheduler.py",),
@@ -228,15 +236,20 @@ def mutated(source: str, index: int) -> str:
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
+def files_of(room: str) -> list[str]:
+    """The files of a room that are changed."""
+    paths = [path for pattern in ROOMS[room].files for path in sorted(ROOT.glob(pattern))]
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
 def sample(rooms: list[str], count: int, seed: int) -> list[Mutant]:
     """`count` mutants, as many of each room, in an order that tries all rooms soon."""
     queues = []
     for room in rooms:
-        files = [path for pattern in ROOMS[room].files for path in sorted(ROOT.glob(pattern))]
         all_ = [
             mutant
-            for path in files
-            for mutant in mutants_of(room, str(path.relative_to(ROOT)), path.read_text())
+            for file in files_of(room)
+            for mutant in mutants_of(room, file, (ROOT / file).read_text())
         ]
         random.Random(f"{seed}/{room}").shuffle(all_)
         queues.append(all_)
@@ -247,11 +260,88 @@ def sample(rooms: list[str], count: int, seed: int) -> list[Mutant]:
 # ---- the copy, and tests in it ------------------------------------------------------------------
 
 
+@dataclass
+class Known:
+    """What one test does with the code as it is."""
+
+    seconds: float  # of the processor
+    lines: dict[str, list[int]]  # of the files that are changed: those that it executes
+
+
+class Recorder:
+    """A plugin of pytest: notes the lines and the time of each test. Forked processes are not seen.
+
+    What a fixture executes is noted for the first test that has it.
+    """
+
+    def __init__(self, copy: Path, files: list[str]):
+        self.names = {str(copy / file): file for file in files}
+        self.found: dict[str, Known] = {}
+        self.now: dict[str, set[int]] = {}
+
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        self.now = {file: set() for file in self.names.values()}
+        self.start = processor_time()
+        threading.settrace(self.of_call)
+        sys.settrace(self.of_call)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        sys.settrace(None)
+        lines = {file: sorted(lines) for file, lines in self.now.items() if lines}
+        self.found[nodeid] = Known(round(processor_time() - self.start, 2), lines)
+
+    def of_call(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
+        file = self.names.get(frame.f_code.co_filename)
+        if file is None:
+            return None
+        lines = self.now[file]
+
+        def of_line(frame: FrameType, event: str, arg: object) -> Callable[..., Any]:
+            lines.add(frame.f_lineno)
+            return of_line
+
+        return of_line(frame, event, arg)
+
+
+class Chosen:
+    """A plugin of pytest: runs some tests of the files that it is given, and ends one that hangs.
+
+    names: in this order; None for all that are not in `without`.
+    """
+
+    def __init__(self, known: dict[str, Known], names: list[str] | None, without: set[str]):
+        self.known, self.without = known, without
+        self.order = None if names is None else {name: place for place, name in enumerate(names)}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        if self.order is None:
+            items[:] = [item for item in items if item.nodeid not in self.without]
+        else:
+            order = self.order
+            items[:] = sorted(
+                (item for item in items if item.nodeid in order),
+                key=lambda item: order[item.nodeid],
+            )
+
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        known = self.known.get(item.nodeid)
+        limit = LEAST + (IMPATIENCE * known.seconds if known else HOUR)
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + limit) + 1, hard))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(WAITING * limit))
+
+
+def processor_time() -> float:
+    """Of this process and of those that it has waited for, in seconds."""
+    return sum(os.times()[:4])
+
+
 class Bench:
     """A copy of the checkout in which one file at a time is changed."""
 
-    def __init__(self, copy: Path, out: Path):
-        self.copy, self.out = copy, out
+    def __init__(self, copy: Path):
+        self.copy = copy
         self.clock = int(time.time())
         ignore = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "*.egg-info", "results")
         shutil.copytree(ROOT, copy, ignore=ignore, symlinks=True)
@@ -259,42 +349,58 @@ class Bench:
             importlib.import_module(name)
         for name in [name for name in sys.modules if name.split(".")[0] == "minqwen"]:
             del sys.modules[name]
-        # Of the processor, that a room's tests take. Who goes on does not measure them again.
-        self.seconds = {one["whole"]: one["seconds"] for one in lines(out) if "whole" in one}
+        self.known: dict[str, dict[str, Known]] = {}  # by room, then by test
 
     def tests_of(self, room: str, file: str = "") -> list[str]:
-        """Of a room, those first that are named like the file that is changed."""
+        """Files of a room, those first that are named like the file that is changed."""
         folder = self.copy / "tests"
         paths = [path for pattern in ROOMS[room].tests for path in sorted(folder.glob(pattern))]
         names = [str(path.relative_to(self.copy)) for path in paths if path.stem.startswith("test")]
         likely = f"test_{Path(file).stem}.py"
         return sorted(dict.fromkeys(names), key=lambda name: Path(name).name != likely)
 
-    def measure(self, room: str) -> None:
-        """Run a room's tests on the code as it is."""
-        before = os.times().children_user
-        outcome, seconds = self.test(self.tests_of(room), HOUR)
-        if outcome != "survived":
-            raise SystemExit(f"{room}: tests fail before anything is changed: {outcome}")
-        self.seconds[room] = round(os.times().children_user - before, 1)
-        print(f"{room}: {self.seconds[room]:.0f} s of the processor, {seconds:.0f} s", flush=True)
-        with self.out.open("a") as file:
-            file.write(json.dumps({"whole": room, "seconds": self.seconds[room]}) + "\n")
+    def measure(self, room: str) -> dict[str, Known]:
+        """Run a room's tests on the code as it is, each file in a fork of its own.
+
+        So each file's tests are the first to have what is kept for later ones.
+        """
+        known: dict[str, Known] = {}
+        files = files_of(room)
+        start = time.monotonic()
+        for test in self.tests_of(room):
+            recorder = Recorder(self.copy, files)
+            outcome, _ = self.test([test], recorder, kept := self.copy / "known.json")
+            if outcome != "survived":
+                raise SystemExit(f"{room}: tests fail before anything is changed: {outcome}")
+            known |= {name: Known(**one) for name, one in json.loads(kept.read_text()).items()}
+        seconds = sum(one.seconds for one in known.values())
+        took = time.monotonic() - start
+        print(
+            f"{room}: {len(known)} tests, {seconds:.0f} s of the processor, {took:.0f} s of the "
+            "clock",
+            flush=True,
+        )
+        return known
 
     def try_(self, mutant: Mutant) -> tuple[str, float]:
         """What became of a mutant: killed (by which test), hangs or survived; and seconds."""
         path = self.copy / mutant.file
         source = path.read_text()
-        if mutant.room not in self.seconds:
-            self.measure(mutant.room)
+        if mutant.room not in self.known:
+            self.known[mutant.room] = self.measure(mutant.room)
+        known = self.known[mutant.room]
+        first = by_time(known, mutant.file, statement_lines(source, mutant.index))
         try:
             self.write(path, mutated(source, mutant.index))
-            first, *others = self.tests_of(mutant.room, mutant.file)
-            whole = self.seconds[mutant.room]
-            found = self.test([first], int(whole + LEAST))
-            if found[0] != "survived" or not others:
-                return found
-            return self.test(others, int(IMPATIENCE * whole + LEAST))
+            start = time.monotonic()
+            outcome = "survived"
+            if first:
+                files = list(dict.fromkeys(name.split("::")[0] for name in first))
+                outcome, _ = self.test(files, Chosen(known, first, set()))
+            if outcome == "survived":
+                files = self.tests_of(mutant.room, mutant.file)
+                outcome, _ = self.test(files, Chosen(known, None, set(first)))
+            return outcome, time.monotonic() - start
         finally:
             self.write(path, source)
 
@@ -304,25 +410,31 @@ class Bench:
         self.clock += 1
         os.utime(path, (self.clock, self.clock))
 
-    def test(self, files: list[str], limit: int) -> tuple[str, float]:
+    def test(
+        self, files: list[str], plugin: Recorder | Chosen, kept: Path | None = None
+    ) -> tuple[str, float]:
+        """Run tests in a fork. kept: where it leaves what a recorder has found."""
         report = self.copy / "mutant.log"
         start = time.monotonic()
         pid = os.fork()
         if pid == 0:
             code = 99
             try:
-                resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
-                code = self.run_tests(files, report)
+                code = self.run_tests(files, report, plugin)
+                if kept is not None and isinstance(plugin, Recorder):
+                    kept.write_text(
+                        json.dumps({name: asdict(one) for name, one in plugin.found.items()})
+                    )
             finally:
                 os._exit(code)
         status = wait(pid)
         seconds = time.monotonic() - start
-        if status in (None, -signal.SIGXCPU):
+        if status in (None, -signal.SIGXCPU, -signal.SIGALRM):
             return "hangs", seconds
         return ("survived" if status == 0 else f"killed by {first_failure(report)}"), seconds
 
-    def run_tests(self, files: list[str], report: Path) -> int:
-        """In the fork: pytest, whose last words are kept."""
+    def run_tests(self, files: list[str], report: Path, plugin: Recorder | Chosen) -> int:
+        """In the fork: pytest, whose last words are kept. 0 if all tests pass."""
         os.setsid()
         out = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         for descriptor in (1, 2):
@@ -332,10 +444,35 @@ class Bench:
         os.environ.update(PYTHONPATH=str(self.copy))
         pytest = importlib.import_module("pytest")
         words = ["-x", "-q", "-n0", "--tb=no", "-p", "no:cacheprovider", "-p", "no:randomly"]
-        code = int(pytest.main([*words, *files]))
+        code = int(pytest.main([*words, *files], plugins=[plugin]))
         here = Path(str(sys.modules["minqwen"].__file__)).is_relative_to(self.copy)
         sys.stdout.flush()
-        return code if here else 98
+        return (0 if code == NO_TESTS else code) if here else 98
+
+
+NO_TESTS = 5  # pytest's status where none is left to run
+
+
+def by_time(known: dict[str, Known], file: str, lines: range) -> list[str]:
+    """The tests that execute one of the lines, the fastest first."""
+    hits = [name for name, one in known.items() if any(n in lines for n in one.lines.get(file, []))]
+    return sorted(hits, key=lambda name: known[name].seconds)
+
+
+def statement_lines(source: str, index: int) -> range:
+    """The lines of the statement that a mutant changes; of one that has others inside, its head."""
+    tree = ast.parse(source)
+    parent, field, key, _ = places(tree)[index]
+    line = getattr(child_of(parent, field, key), "lineno", 0)
+    best = range(0)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt | ast.ExceptHandler):
+            body = getattr(node, "body", None)
+            last = node.end_lineno or node.lineno
+            lines = range(node.lineno, max(node.lineno, body[0].lineno - 1 if body else last) + 1)
+            if line in lines and node.lineno >= best.start:
+                best = lines
+    return best
 
 
 def wait(pid: int) -> int | None:
@@ -377,7 +514,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def results(path: Path) -> dict[tuple[object, ...], dict[str, object]]:
-    return {key(found): found for found in lines(path) if "whole" not in found}
+    return {key(found): found for found in lines(path)}
 
 
 def summary(found: list[dict[str, object]]) -> int:
@@ -409,7 +546,7 @@ def main() -> int:
         return 1 if summary(list(known.values())) else 0
     chosen = sample(args.only or list(ROOMS), args.count, args.seed)
     with tempfile.TemporaryDirectory() as directory:
-        bench = Bench(Path(directory, "copy"), args.out)
+        bench = Bench(Path(directory, "copy"))
         for mutant in chosen:
             before = known.get(key(asdict(mutant)))
             if before and not (args.survivors and before["outcome"] == "survived"):
@@ -419,6 +556,11 @@ def main() -> int:
             known[key(found)] = found
             with args.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
+            print(
+                f"{mutant.file}:{mutant.line}: `{mutant.before}` as `{mutant.after}`: {outcome}, "
+                f"{seconds:.0f} s",
+                flush=True,
+            )
     tried = [known[key(asdict(mutant))] for mutant in chosen]
     return 1 if summary(tried) else 0
 

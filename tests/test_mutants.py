@@ -63,6 +63,27 @@ def test_each_mutant_is_another_program(mutants):
         compile(program, "mutant", "exec")
 
 
+def test_the_lines_of_a_change_are_its_statement_or_the_head_of_one(mutants):
+    found = mutants["mutants_of"]("room", "file", SOURCE)
+    lines = {one.before: mutants["statement_lines"](SOURCE, one.index) for one in found}
+    assert lines["a < 2"] == lines["a < 2 and (not b)"] == range(5, 6)
+    assert lines["raise ValueError(f'no {a + 1}')"] == range(6, 7)
+    assert lines["True"] == range(3, 4) and lines["total // 2"] == range(16, 17)
+    spread = "def f(a):\n    if (a and\n        a > 1):\n        return g(a,\n            a + 1)\n"
+    found = mutants["mutants_of"]("room", "file", spread)
+    lines = {one.before: mutants["statement_lines"](spread, one.index) for one in found}
+    assert lines["a > 1"] == range(2, 4) and lines["a + 1"] == range(4, 6)
+
+
+def test_who_executes_the_change_is_asked_first_the_fastest_before_the_others(mutants):
+    known = {
+        name: mutants["Known"](seconds, {"f.py": lines})
+        for name, seconds, lines in (("slow", 2.0, [1, 5]), ("quick", 0.5, [5]), ("no", 0.1, [6]))
+    }
+    assert mutants["by_time"](known, "f.py", range(4, 6)) == ["quick", "slow"]
+    assert mutants["by_time"](known, "g.py", range(4, 6)) == []
+
+
 def test_a_larger_sample_has_the_mutants_of_a_smaller_one(mutants):
     sample = mutants["sample"]
     assert sample(["cache", "heads"], 20, 0)[:10] == sample(["cache", "heads"], 10, 0)

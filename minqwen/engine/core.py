@@ -289,18 +289,23 @@ class EngineCore:
         """End a request that cannot go on; the others do."""
         request.error = why
         self.requests.pop(request.request_id, None)
-        ended = self._end_all(request, "error")
-        if not ended:  # it had ended, but there was no room to join what it has traced
-            ended = request.completions[-1:]
-            for completion in request.completions:
-                completion.trace.clear()
-        deltas = [completion.delta() for completion in ended]
+        self._end_all(request, "error")
+        deltas = [self._last_delta(one) for one in request.completions if not one.told_end]
         return [*(replace(delta, output=None) for delta in deltas[:-1]), deltas[-1]]
 
-    def _end_all(self, request: Request, reason: str) -> list[Completion]:
+    def _last_delta(self, completion: Completion) -> Delta:
+        """The end of a completion that has failed, perhaps because no delta could be made of it.
+
+        Then it is told without what was traced: there may be no room to join that.
+        """
+        try:
+            return completion.delta()
+        except Exception:  # `error` has the first reason
+            return completion.rest(completion.request.output(traced=False))
+
+    def _end_all(self, request: Request, reason: str) -> None:
         """Finish what is not finished of a request, and free its blocks."""
-        ended = [completion for completion in request.completions if not completion.finished]
-        for completion in ended:
-            completion.end(reason)
-            self.scheduler.finish(completion)
-        return ended
+        for completion in request.completions:
+            if not completion.finished:
+                completion.end(reason)
+                self.scheduler.finish(completion)

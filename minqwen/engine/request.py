@@ -73,13 +73,14 @@ class Request:
     def finished(self) -> bool:
         return all(completion.finished for completion in self.completions)
 
-    def output(self) -> RequestOutput:
-        """The finished request as its caller sees it."""
+    def output(self, traced: bool = True) -> RequestOutput:
+        """The finished request as its caller sees it. traced=False: without what was traced."""
+        completions = self.completions
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids,
-            outputs=[completion.output() for completion in self.completions],
+            outputs=[one.output() if traced else one.untraced_output() for one in completions],
             metrics=self.metrics,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=self.completions[0].num_cached,
@@ -122,9 +123,10 @@ class Completion(Row):
     ending: Ending | None = None
     trace: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    # How much of it earlier deltas have told: generated ids, and characters.
+    # How much of it earlier deltas have told: generated ids, characters, and that it is finished.
     told_ids: int = 0
     told_text: int = 0
+    told_end: bool = False
 
     def __post_init__(self) -> None:
         self.stops = StopChecker(self.params)
@@ -181,16 +183,24 @@ class Completion(Row):
 
     def delta(self) -> Delta:
         """What no delta has told yet, and whether that was the end of it and of its request."""
+        return self.rest(self.request.output() if self.request.finished else None)
+
+    def rest(self, output: RequestOutput | None) -> Delta:
+        """What no delta has told yet, with the output of its request if that is finished."""
         ids, text = self.ids[self.num_prompt + self.told_ids :], self.text[self.told_text :]
         logprobs = None if self.logprobs is None else self.logprobs[self.told_ids :]
         self.told_ids, self.told_text = self.num_output, len(self.text)
+        self.told_end = self.finished
         reason, stop = self.ending or (None, None)
-        output = self.request.output() if self.request.finished else None
         request_id = self.request.request_id
         return Delta(request_id, self.index, text, ids, logprobs, reason, stop, output)
 
     def output(self) -> CompletionOutput:
         """The finished completion as its caller sees it."""
+        return dataclasses.replace(self.untraced_output(), trace=joined_trace(self.trace))
+
+    def untraced_output(self) -> CompletionOutput:
+        """The finished completion without what was traced."""
         reason, stop = self.ending or (None, None)
         return CompletionOutput(
             index=self.index,
@@ -200,7 +210,6 @@ class Completion(Row):
             logprobs=self.logprobs,
             finish_reason=reason,
             stop_reason=stop,
-            trace=joined_trace(self.trace),
         )
 
     def _ending_of(self, token: int) -> Ending | None:

@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -207,10 +208,18 @@ def request(number: int) -> tuple[str, bytes]:
 
 @dataclass
 class Outcome:
-    """What came of some requests: how often each status, and what was wrong, by number."""
+    """What came of some requests: how often each status, and by number what was wrong, and how many
+    seconds a refusal took."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, float] = field(default_factory=dict)
+
+    def add(self, other: Outcome) -> None:
+        """Count what came of other requests, too."""
+        self.statuses += other.statuses
+        self.wrong |= other.wrong
+        self.refused |= other.refused
 
 
 async def ask(app: Asgi, path: str, data: bytes) -> tuple[int, bytes]:
@@ -270,12 +279,15 @@ async def fuzz(app: Asgi, numbers: range, at_once: int = 16) -> Outcome:
 
     async def client() -> None:
         for number in waiting:
+            start = time.perf_counter()
             try:
                 status, answer = await asyncio.wait_for(ask(app, *request(number)), SECONDS)
             except Exception as error:
                 outcome.wrong[number] = f"{type(error).__name__}: {error}"
                 continue
             outcome.statuses[status] += 1
+            if 400 <= status < 500:
+                outcome.refused[number] = time.perf_counter() - start
             found = complaint(status, answer)
             if found is not None:
                 outcome.wrong[number] = found

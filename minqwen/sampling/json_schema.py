@@ -110,12 +110,22 @@ def _check_schema(schema: Any, where: str) -> None:
             hint = did_you_mean(str(word), KEYWORDS)
             text = f"{where}: keyword {word!r} is not supported: leave it out{hint}"
             raise SamplingError(printable(text))
+    _check_names(schema, where)
     _check_values(schema, where)
     _check_bounds(schema, where)
     _check_min_properties(schema, where)
     _check_patterns(schema, where)
     for part_where, part in parts(schema, where):
         _check_schema(part, part_where)
+
+
+def _check_names(schema: dict[str, Any], where: str) -> None:
+    """Lists of names hold texts: jsonschema compares other values each with each, to find two that
+    are the same."""
+    for word in ("type", "required"):
+        names = schema.get(word)
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            raise _wrong(at(where, word), names, "a list of texts")
 
 
 def _check_values(schema: dict[str, Any], where: str) -> None:
@@ -179,19 +189,21 @@ def _check_min_properties(schema: dict[str, Any], where: str) -> None:
 
 
 def _check_patterns(schema: dict[str, Any], where: str) -> None:
-    """Refuses what llguidance reads otherwise than Python.
+    """Refuses what is no regex, and what llguidance reads otherwise than Python.
 
     It writes no DEL, but leaves it out of a pattern. A possessive quantifier, which JSON Schema has
     not, repeats a repetition.
     """
-    patterns = {at(where, "pattern"): schema.get("pattern")}
-    for name in schema.get("patternProperties", {}):
+    patterns = {at(where, "pattern"): schema.get("pattern", "")}
+    for name in _named(at(where, "patternProperties"), schema.get("patternProperties", {})):
         patterns[at(where, "patternProperties", name)] = name
     for pattern_where, pattern in patterns.items():
         what = ""
-        if isinstance(pattern, str) and DEL.search(pattern):
+        if not isinstance(pattern, str):
+            raise _wrong(pattern_where, pattern, "a regex (a text)")
+        if DEL.search(pattern):
             what = "DEL, which cannot be written"
-        elif isinstance(pattern, str) and POSSESSIVE.search(CLASSES_AND_ESCAPES.sub("x", pattern)):
+        elif POSSESSIVE.search(CLASSES_AND_ESCAPES.sub("x", pattern)):
             what = "a possessive quantifier, which JSON Schema has not"
         if what:
             raise SamplingError(printable(f"{pattern_where}: holds {what}: leave it out"))
@@ -207,10 +219,14 @@ def parts(schema: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
         yield at(where, word), schema.get(word, True)
 
 
-def _named_parts(where: str, named: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(named, dict):
-        raise _wrong(where, named, "an object of schemas")
-    for name, part in named.items():
+def _named(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(where, value, "an object of schemas")
+    return value
+
+
+def _named_parts(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    for name, part in _named(where, value).items():
         yield at(where, name), part
 
 

@@ -23,6 +23,7 @@ from support.naive import greedy
 import minqwen.engine.core as core_module
 import minqwen.engine.runner as runner_module
 from minqwen import LLM, Qwen2, SamplingParams, Tokenizer
+from minqwen.engine.request import Completion
 from minqwen.errors import MinqwenError, RequestError
 from minqwen.sampling.structured import Constraint, StructuredOutputs
 from minqwen.tokenizer import IncrementalDecoder
@@ -105,8 +106,16 @@ def break_the_packing(monkeypatch):
     return bad()
 
 
+def break_its_deltas(monkeypatch):
+    delta = Completion.delta
+    monkeypatch.setattr(
+        Completion, "delta", lambda self: fail() if self.seed == BAD else delta(self)
+    )
+    return bad()
+
+
 BREAKS = [
-    break_the_packing,
+    *(break_the_packing, break_its_deltas),
     *(break_the_sampler, break_the_third_mask, break_a_grammar, break_logprobs),
     *(break_what_a_stop_string_needs, break_the_spelling_of_logprobs),
 ]
@@ -129,6 +138,30 @@ def test_whatever_fails_for_one_request_fails_it_alone(llm, oracle, monkeypatch,
         oracle[2][:12],
     ]
     assert idle(llm)
+
+
+@pytest.mark.parametrize("method", ["delta", "output"])
+def test_an_end_that_cannot_be_told_is_an_error_and_nothing_is_lost(
+    llm, oracle, monkeypatch, method
+):
+    """Of two samples: the first ends two steps before the second; the output comes with both."""
+    sound = getattr(Completion, method)
+
+    def fail_at_the_end(self):
+        return fail() if self.request.params.n == 2 and self.finished else sound(self)
+
+    monkeypatch.setattr(Completion, method, fail_at_the_end)
+    two = SamplingParams(n=2, max_tokens=5, logprobs=1, forced_ids=[7, 8, 9, 10, 11])
+    wrong, other = llm.add_request(PROMPTS[0], two), llm.add_request(PROMPTS[1], FEW)
+    outputs = check_joined(all_deltas(llm))
+    first, second = outputs[wrong].outputs
+    assert (first.token_ids, first.finish_reason) == ([7, 8, 9, 10, 11], "length")
+    alive = "length" if method == "output" else "error"
+    assert second.finish_reason == alive
+    assert second.token_ids == first.token_ids[: len(second.token_ids)]
+    assert len(second.token_ids) == (5 if method == "output" else 3)
+    assert "IndexError: index 2038" in outputs[wrong].error and idle(llm)
+    assert outputs[other].outputs[0].token_ids == oracle[1][:12]
 
 
 def test_generate_hands_over_the_neighbours_of_one_that_failed(llm, oracle, monkeypatch):

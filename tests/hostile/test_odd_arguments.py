@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -180,9 +181,10 @@ NESTED = st.recursive(
     WILD, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=2)
 )
 PARTS = [name for name in OF_REQUESTS if name != "trace"]
+EXAMPLES = os.environ.get("MINQWEN_EXAMPLES")  # for a longer run, by chance
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=int(EXAMPLES or 40), deadline=None, derandomize=EXAMPLES is None)
 @given(
     st.dictionaries(st.sampled_from([name for _, name in FIELDS[:25]]), ODD | WILD),
     st.dictionaries(st.sampled_from(OF_LLM), ODD | WILD, max_size=3),

@@ -204,6 +204,13 @@ def test_penalties_count_the_ids_that_come_between_two_steps():
     assert sample(x, [row])[0] == [2]
 
 
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_a_penalty_of_one_counts_alone(name):
+    """A repetition_penalty of 1 means none; these do not."""
+    row = make_row(SamplingParams(temperature=0, **{name: 1.0}), [1], [0])
+    assert sample(torch.tensor([[2.0, 1.5, 0.5]]), [row])[0] == [1]
+
+
 def test_min_tokens_holds_the_end_back():
     x = torch.zeros(1, 10)
     x[0, [3, 4, 5]] = torch.tensor([3.0, 2.0, 1.0])

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
+from support.hostile import values as hostile
 from support.structured import END, Writer, byte_tokenizer
 
 from minqwen.errors import SamplingError
-from minqwen.sampling.json_schema import for_grammar
+from minqwen.sampling.json_schema import KEYWORDS, for_grammar, read_schema
 from minqwen.sampling.structured import ConstraintCompiler, StructuredOutputs
 from minqwen.sampling.text_check import text_check
 
@@ -24,6 +25,31 @@ def test_a_schema_is_given_as_a_dict_or_as_json():
     schema = {"type": "array", "items": {"maximum": 3}}
     for form in (schema, json.dumps(schema)):
         assert StructuredOutputs(json=form).json == schema
+
+
+@pytest.mark.parametrize("word", sorted(KEYWORDS))
+def test_every_keyword_takes_a_value_or_is_told_with_its_place(word):
+    """A pattern that is a number, patternProperties that are a list, and so on."""
+    for value in hostile.VALUES.values():
+        for schema in ({word: value}, {"properties": {"a": {word: value}}}):
+            line = hostile.refusal(
+                lambda schema=schema: for_grammar(read_schema("it", schema)), SamplingError
+            )
+            assert line is None or "it" in line, line
+
+
+@pytest.mark.parametrize("word", ["type", "required"])
+def test_names_are_texts_however_many_there_are(word):
+    """jsonschema would compare all of them with each other."""
+    with pytest.raises(SamplingError, match=rf"#/{word} is \[.*, expected a list of texts"):
+        StructuredOutputs(json={word: [[]] + ["x"] * 50_000})
+    assert StructuredOutputs(json={word: ["string", "null"]})
+
+
+def test_a_pattern_is_a_text_and_patterns_of_names_are_an_object():
+    for wrong, what in (("pattern", "a regex"), ("patternProperties", "an object of schemas")):
+        with pytest.raises(SamplingError, match=f"#/{wrong} is 1.5, expected {what}"):
+            StructuredOutputs(json={wrong: 1.5})
 
 
 # ---- numbers ------------------------------------------------------------------------------------
