@@ -318,12 +318,20 @@ class TracingTap(Tap):
         point = point_of(name)
         gathers = self.gather and point.axis is not None
         seen = gather(x, point, self.model) if gathers else x
+        before = written(seen)
         new = self.show(name, seen, rows)
+        if new is None and gathers and written(seen) != before:
+            new = seen  # a hook has written into it, and it is a copy
         if new is None:
             return x
         check_replacement(name, new, seen)
         new = new.to(x.dtype)
         return scatter(new, x, point, self.model) if gathers else new
+
+
+def written(x: Tensor) -> object:
+    """What changes when x is written to; in inference mode, where nobody counts, at every call."""
+    return object() if x.is_inference() else x._version
 
 
 def check_replacement(name: str, new: object, seen: Tensor) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.compiled import CONFIG
 from support.forked import forked
+from support.ranks import on_ranks
 from transformers import AutoModelForCausalLM
 
 from minqwen import LLM, SamplingParams
+from minqwen.lab.shapes import random_model
 from minqwen.model.trace import TraceError, alias_of, point_names, point_of
 
 IDS = torch.tensor([[5, 300, 17, 42, 900, 11, 7], [1, 2, 3, 4, 5, 6, 7]])
@@ -157,3 +160,23 @@ print("ok", mesh.rank)
     result = forked(2, code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ok") == 2
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", ["attn.k", "attn.z", "mlp.act", "resid_mid", "logits"])
+def test_what_a_hook_writes_into_a_point_counts_on_several_ranks_too(name, inference):
+    name = name if name == "logits" else f"layers.1.{name}"
+    ids = torch.tensor([[5, 30, 17, 42, 90, 11, 7]])
+
+    def write(x, name):
+        x[:, 2:4, 1] += 0.5
+
+    def run(mesh):
+        model = random_model(CONFIG, dtype=torch.float32, arithmetic="exact", mesh=mesh)
+        with torch.inference_mode(inference):
+            return model.run_with_hooks(ids, [(name, write)]), model(ids)
+
+    ((alone, plain),) = on_ranks(1, run)
+    assert not torch.equal(alone, plain)
+    for changed, unchanged in on_ranks(2, run):
+        assert torch.equal(changed, alone) and torch.equal(unchanged, plain)
