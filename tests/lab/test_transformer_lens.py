@@ -331,6 +331,27 @@ def test_the_embedded_model_answers_what_scripts_ask(embedded_hooked):
     assert not torch.allclose(ablated, logits, rtol=1e-3)
 
 
+def test_generate_hands_on_how_to_sample_and_fills_up_with_the_first_end(embedded_hooked):
+    model = embedded_hooked
+    quiet = {"max_new_tokens": 12, "verbose": False}
+    greedy = model.generate(TEXT, do_sample=False, **quiet)
+    assert model.generate(TEXT, top_k=1, temperature=5.0, **quiet) == greedy
+    assert model.generate(TEXT, top_p=1e-9, temperature=5.0, **quiet) == greedy
+    tokens = model.to_tokens([TEXT, TEXT + " " + TEXT])
+    once = model.generate(tokens, do_sample=False, freq_penalty=2.0, return_type="tokens", **quiet)
+    new = once[0, tokens.shape[1] :].tolist()
+    assert len(set(new)) == 12  # each token lowers its own logit by 2 from then on
+    plain = model.generate(tokens, do_sample=False, return_type="tokens", **quiet)
+    first, second = plain[:, tokens.shape[1] :].tolist()
+    ends = [second[-1], first[2]]
+    found = model.generate(
+        tokens, do_sample=False, eos_token_id=ends, return_type="tokens", **quiet
+    )
+    for row, whole in zip(found[:, tokens.shape[1] :].tolist(), (first, second)):
+        end = next(i for i, token in enumerate(whole) if token in ends)
+        assert row == whole[: end + 1] + [ends[0]] * (len(row) - end - 1)
+
+
 def test_generate_is_greedy_or_sampled_by_torchs_seed(embedded_hooked):
     model, start = embedded_hooked, embedded_hooked.to_tokens([TEXT, "And God said unto"])
     said = model.generate(
