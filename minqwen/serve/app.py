@@ -41,13 +41,12 @@ from minqwen.serve.requests import (
     TokenizeRequest,
     first_mistake,
 )
-from minqwen.serve.service import Service
+from minqwen.serve.service import NO_TEMPLATES, Service
 
 Result = TypeVar("Result")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 GONE = 499  # what logs say of a client that did not wait; nobody reads this answer
-NO_TEMPLATES = "a chat template is a program: the model's own is used, never a client's"
 HEALTH_SECONDS = 30.0
 BEARER = HTTPBearer(auto_error=False, description="The key that the server was started with")
 Given = Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]

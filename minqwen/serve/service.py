@@ -27,6 +27,8 @@ from minqwen.serve.requests import (
 )
 from minqwen.serve.tool_calls import forced_calls, message_for_template, tools_for_template
 
+NO_TEMPLATES = "a chat template is a program: the model's own is used, never a client's"
+
 
 class Service:
     """One model for many clients.
@@ -136,6 +138,8 @@ class Service:
         def check_fewest(fewest: int) -> None:
             self.check_length("messages", fewest, longest, "at least ")
 
+        if "chat_template" in (body.chat_template_kwargs or ()):
+            raise ApiError(400, f"chat_template_kwargs has 'chat_template': {NO_TEMPLATES}")
         ids = self.tokenizer.encode_chat(
             [message_for_template(message) for message in messages],
             tools=tools,

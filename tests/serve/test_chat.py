@@ -179,6 +179,7 @@ def test_vllms_structured_outputs(client):
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "give one"),
         ({"extra_body": {"chat_template": "{{ 1 }}"}}, "model's own"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}}, "model's own"),
         ({"extra_body": {"max_new_tokens": 3}}, "use max_tokens"),
         ({"extra_body": {"temprature": 3}}, "did you mean 'temperature'"),
         ({"extra_body": {"structured_outputs": {}}}, "exactly one"),
