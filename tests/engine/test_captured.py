@@ -83,7 +83,8 @@ def test_two_ranks_have_the_bits_of_one(made, model):
     assert on_ranks(2, run) == [expected, expected]
 
 
-def test_a_graph_that_differs_in_one_bit_gives_way(made, model, monkeypatch):
+@pytest.mark.parametrize("why", ["1 of 1024 captured logits differ", "CUDA out of memory"])
+def test_a_graph_that_differs_in_one_bit_or_has_no_room_gives_way(made, model, monkeypatch, why):
     expected = told(engine(model, eager=True).generate(PROMPTS[:2], GREEDY, use_tqdm=False))
     decode = CapturedModel.decode
     up = torch.tensor(float("inf"))
@@ -93,8 +94,13 @@ def test_a_graph_that_differs_in_one_bit_gives_way(made, model, monkeypatch):
         logits[0, 7] = torch.nextafter(logits[0, 7], up)
         return logits
 
-    monkeypatch.setattr(CapturedModel, "decode", wrong)
+    def without_memory(self, step, size):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(
+        CapturedModel, "decode", wrong if why.startswith("1 of") else without_memory
+    )
     llm = engine(model)
-    with pytest.warns(UserWarning, match="1 of 1024 captured logits differ"):
+    with pytest.warns(UserWarning, match=why):
         assert told(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == expected
     assert llm.core.runner.steps is None
