@@ -48,6 +48,7 @@ RANKS = 2
 LAYERS = 4  # of the embedded model: so many calls of Layer.forward are a pass
 QUICK = 10  # seconds in which a run must end where a death, or an exception, is noticed
 GENEROUS = 120  # seconds after which a run is given up
+LINGER = 2  # seconds after the last rank's end in which no process may be left
 
 
 def raise_error() -> None:
@@ -223,13 +224,27 @@ def wait_for_all(pids: list[int]) -> list[int]:
 
 
 def end_all(session: int) -> int:
-    """How many processes of a session are left; they are killed."""
-    found = 0
+    """How many processes of a session are left after LINGER seconds; they are killed.
+
+    A rank's own helpers see the end of a pipe when it is killed, and need a moment to end.
+    """
+    deadline = time.monotonic() + LINGER
+    while found := processes_of(session):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    for pid in found:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    return len(found)
+
+
+def processes_of(session: int) -> list[int]:
+    found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             if os.getsid(int(name)) == session:
-                os.kill(int(name), signal.SIGKILL)
-                found += 1
+                found.append(int(name))
     return found
 
 
