@@ -2,26 +2,52 @@
 
 A field that nobody knows is refused: it would change the answer elsewhere. Fields that change
 nothing here (`user`, `metadata`, ...) are taken. Values are checked where they are used; here are
-only their types.
+only their types. Of many mistakes the first is told, and the others are not looked for: a body has
+room for millions, and pydantic keeps a kilobyte for each.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 Flag = Annotated[bool, Field(strict=True)]
 Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True)]
-TokenIds = list[Integer]
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]
+TokenIds = Items[Integer]
+NUMBER: TypeAdapter[float] = TypeAdapter(Number)
 
 
 class Model(BaseModel):
     """An object with these fields only."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_unknown_fields_one(cls, value: Any) -> Any:
+        """The value without the unknown fields after the first of them."""
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = (name for name in value if name not in known)
+        first = next(unknown, None)
+        if next(unknown, None) is None:
+            return value
+        return {name: part for name, part in value.items() if name in known or name == first}
 
 
 # ---- parts --------------------------------------------------------------------------------------
@@ -50,7 +76,7 @@ class Structured(Model):
 
     json_: Annotated[dict[str, Any] | Text | None, Field(alias="json")] = None
     regex: Text | None = None
-    choice: list[Text] | None = None
+    choice: Items[Text] | None = None
     grammar: Text | None = None
     json_object: Flag | None = None
 
@@ -84,8 +110,8 @@ class CallShape(BaseModel):
 
 class MessageShape(BaseModel):
     role: Text
-    content: Text | list[PartOfContent] | None = None
-    tool_calls: list[CallShape] | None = None
+    content: Text | Items[PartOfContent] | None = None
+    tool_calls: Items[CallShape] | None = None
 
 
 def _has_shape_of_tool(value: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +135,8 @@ def first_mistake(errors: Any) -> tuple[str, str]:
     """The field, and what is wrong with it, of the first of pydantic's errors."""
     first = errors[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return place, f"{place}: {first['msg']}" if place else str(first["msg"])
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return place, f"{place}: {message}" if place else message
 
 
 _FUNCTION_SCHEMA = {
@@ -148,6 +175,22 @@ Message = Annotated[
 ]
 
 
+def _are_numbers(value: dict[str, Any]) -> dict[str, float]:
+    for key, number in value.items():
+        try:
+            value[key] = NUMBER.validate_python(number)
+        except ValidationError as error:
+            raise ValueError(f"{key[:20]}: {first_mistake(error.errors())[1]}") from None
+    return value
+
+
+Numbers = Annotated[
+    dict[str, Any],
+    AfterValidator(_are_numbers),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
+
+
 class NamedFunction(BaseModel):
     name: Text
 
@@ -172,9 +215,9 @@ class Sampled(Model):
     top_p: Number | None = None
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Numbers | None = None
     seed: Integer | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | Items[Text] | None = None
     response_format: ResponseFormat | None = None
     # vLLM's
     top_k: Integer | None = None
@@ -184,7 +227,7 @@ class Sampled(Model):
     include_stop_str_in_output: Flag | None = None
     ignore_eos: Flag | None = None
     min_tokens: Integer | None = None
-    bad_words: list[Text] | None = None
+    bad_words: Items[Text] | None = None
     skip_special_tokens: Flag | None = None
     prompt_logprobs: Integer | None = None
     structured_outputs: Structured | None = None
@@ -201,7 +244,7 @@ class Sampled(Model):
 
 
 class CompletionRequest(Sampled):
-    prompt: Text | TokenIds | list[Text] | list[TokenIds]
+    prompt: Text | TokenIds | Items[Text] | Items[TokenIds]
     echo: Flag = False
     logprobs: Integer | None = None
     best_of: Integer | None = None
@@ -212,9 +255,9 @@ class CompletionRequest(Sampled):
 class OfChat(Model):
     """What makes the prompt of a chat."""
 
-    messages: list[Message]
-    tools: list[Tool] | None = None
-    documents: list[dict[str, Any]] | None = None
+    messages: Items[Message]
+    tools: Items[Tool] | None = None
+    documents: Items[dict[str, Any]] | None = None
     add_generation_prompt: Flag | None = None
     continue_final_message: Flag = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -227,7 +270,7 @@ class ChatRequest(OfChat, Sampled):
     top_logprobs: Integer | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Flag | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     echo: Literal[False] = False
 
 
@@ -238,9 +281,9 @@ class TokenizeRequest(Model):
     prompt: Text | None = None
     add_special_tokens: Flag = True
     return_token_strs: Flag = False
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
-    documents: list[dict[str, Any]] | None = None
+    messages: Items[Message] | None = None
+    tools: Items[Tool] | None = None
+    documents: Items[dict[str, Any]] | None = None
     add_generation_prompt: Flag | None = None
     continue_final_message: Flag = False
     chat_template_kwargs: dict[str, Any] | None = None

@@ -219,6 +219,30 @@ def test_who_waits_with_blocks_of_a_prompt_loses_them_first_and_the_last_of_them
     assert scheduler.pool.num_free == 6 and not scheduler.make_room()
 
 
+def test_who_is_first_gets_room_from_as_many_as_it_takes():
+    """Two wait with the same two blocks: only the second that gives them up sets them free."""
+    scheduler = Scheduler(BlockPool(4, 2), max_num_seqs=3, max_num_batched_tokens=9)
+    parent = queued(scheduler, 1, 5)
+    scheduler.schedule()
+    scheduler.computed(parent, 5)
+    for index in (1, 2):
+        child = Completion(
+            request=parent.request,
+            params=parent.params,
+            ids=list(parent.ids),
+            num_prompt=5,
+            seed=0,
+            index=index,
+        )
+        scheduler.fork(parent, child)
+    parent.end("stop")
+    scheduler.finish(parent)
+    first = queued(scheduler, 0, 7)
+    assert scheduler.waiting[0] is first and scheduler.pool.num_free == 2
+    assert [item.completion for item in scheduler.schedule()] == [first]
+    assert len(first.blocks) == 4 and scheduler.pool.num_free == 0
+
+
 def test_a_fork_of_an_unfinished_prompt_shares_what_is_computed():
     scheduler = Scheduler(BlockPool(6, 2), max_num_seqs=1, max_num_batched_tokens=3)
     parent = queued(scheduler, 0, 6)

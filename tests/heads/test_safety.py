@@ -255,6 +255,21 @@ def test_what_is_on_the_disk_is_compared_before_it_is_put_in_place(
     assert not (tmp_path / "c").exists()
 
 
+def test_a_padded_mlp_shrinks_back_and_one_of_another_width_is_refused(tmp_path):
+    plain_source(tmp_path / "a")
+    to = layout(CONFIG, 9, intermediate_size=CONFIG.intermediate_size + 8)
+    extend(tmp_path / "a", tmp_path / "b", to)
+    assert ModelConfig.from_json(tmp_path / "b").intermediate_size == CONFIG.intermediate_size + 8
+    assert shrink(tmp_path / "b", tmp_path / "c") == []
+    before, after = read(tmp_path / "a"), read(tmp_path / "c")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    content = resigned(json.loads((tmp_path / "b" / MANIFEST).read_text()))
+    content["source_config"]["intermediate_size"] += 1
+    (tmp_path / "b" / MANIFEST).write_text(json.dumps(content))
+    refused(lambda: shrink(tmp_path / "b", tmp_path / "d"), "are not of one model")
+
+
 def test_with_a_tolerance_the_tensors_that_are_not_the_sources_are_named(tmp_path):
     plain_source(tmp_path / "a")
     extend(tmp_path / "a", tmp_path / "b", TO)

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from support.serving import engine
 
 from minqwen import LLM, Qwen2
@@ -72,6 +73,42 @@ def test_every_field_takes_a_value_or_is_named(run, path, name, body):
             error = json.loads(answer)["error"]
             told = f"{error['param']} {error['message']}"
             assert name in told, told
+
+
+MANY = {
+    "texts": ["x"] * 1000,
+    "numbers": [1.5] * 1000,
+    "lists": [["x"] * 1000] * 1000,
+    "mixed": [1, "x"] * 1000,
+    "objects": [{}] * 1000,
+    "names": {str(i): "x" for i in range(1000)},
+    "nested": [{"role": "user", "content": [{}] * 1000, "tool_calls": [1] * 1000}],
+}
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, TokenizeRequest])
+def test_of_a_thousand_mistakes_the_first_ones_are_looked_for(kind):
+    """Each costs a kilobyte and some microseconds, and a body has room for millions."""
+    bodies = [{name: value} for name in kind.model_fields for value in MANY.values()]
+    bodies += [{f"unknown {i}": 1 for i in range(1000)}]
+    bodies += [{"structured_outputs": {"choice": [1] * 1000, **bodies[-1]}}]
+    counts = []
+    for body in bodies:
+        try:
+            kind.model_validate(body)
+        except ValidationError as error:
+            counts.append(error.error_count())
+    assert len(counts) > 60 and max(counts) < 10
+
+
+def test_a_mistake_among_many_names_is_told(run):
+    body = {"prompt": "a", "max_tokens": 1, "logit_bias": {"1": 0, "2": "x", "3": None}}
+    status, answer = send(run, "/v1/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "logit_bias")
+    assert answer["error"]["message"] == "logit_bias: 2: Input should be a valid number"
+    strangers = {"prompt": "a", "one": 1, "two": 2}
+    assert "'one'" in str(send(run, "/v1/completions", strangers))
+    assert send(run, "/v1/completions", {**body, "logit_bias": {"1": 0, "2": -1.5}})[0] == 200
 
 
 IDS = [-1, 2**31, 2**63, True, 1.5, "1", None]
