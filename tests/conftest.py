@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tensors are small, and there is a process of tests for each core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A test of several threads finds the cores taken: a thread that waits for another sleeps, or it would
+# A test of several threads finds the cores taken. A thread that waits for another sleeps: it would
 # spin for as long as the other is not let run.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
