@@ -438,7 +438,7 @@ SINGLE = Mesh()
 def says_why_it_ends() -> bool:
     """Whether this process, which fails before it has met the other ranks, is the one to say why.
 
-    Rank 0 is. Another one is if rank 0 does not fail too, within some seconds.
+    Rank 0 is, if no other was. Another one is if rank 0 does not fail too, within some seconds.
     """
     first = is_first_rank()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -449,8 +449,7 @@ def says_why_it_ends() -> bool:
         return first
     if first:
         failures.set("0", "")
-        watched.add("ended", 1)
-        return True
+        return watched.add("ended", 1) == 1
     deadline = time.monotonic() + FAREWELL
     while time.monotonic() < deadline and not watched.check(["who/0"]):
         if failures.check(["0"]):

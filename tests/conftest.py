@@ -7,9 +7,9 @@ from pathlib import Path
 
 # The oracle, transformers, has nothing to ask the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tensors are small, and there is a process of tests for each core.
+# Tensors are small, and there is a process of tests for each core, and one more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A test of several threads finds the cores taken: a thread that waits for another sleeps, or it would
+# A test of several threads finds the cores taken. A thread that waits for another sleeps: it would
 # spin for as long as the other is not let run.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -28,6 +28,11 @@ LONGEST = (
     *("test_readme.py", "test_two_nodes.py", "test_watch.py", "test_replicas.py"),
     *("test_doctor.py", "test_exact_machines.py", "test_interventions.py", "test_tour.py"),
 )
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: many tests wait, for processes that they start."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

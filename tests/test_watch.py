@@ -173,6 +173,33 @@ def test_a_mistake_that_cli_run_reports_is_one_line_whoever_makes_it(ranks):
     assert done.returncode != 0 and "[rank" not in done.stderr
 
 
+LATER = """
+import os, select, sys
+from torch.distributed import TCPStore
+from minqwen import parallel
+from minqwen.cli import run
+from minqwen.errors import CheckpointError
+
+def main():
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if os.environ["RANK"] == "1":
+        parallel.FAREWELL = 0  # it does not wait for rank 0
+        store.set("pid", str(os.getpid()))
+    else:
+        select.select([os.pidfd_open(int(store.get("pid")))], [], [])
+    raise CheckpointError("the file is damaged")
+
+run(main)
+"""
+
+
+def test_rank_0_is_silent_where_another_did_not_wait_for_it():
+    done = forked(2, LATER)
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(r"error: rank 1 of 2 \(pid \d+\): the file is damaged", error)
+    assert done.returncode == 2
+
+
 EARLY = """
 import atexit, json, os, signal, sys
 from torch.distributed import TCPStore

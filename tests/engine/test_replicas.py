@@ -40,13 +40,15 @@ def answers(llm):
     outputs += llm.generate(TEXTS[:3], greedy, trace="logits", use_tqdm=False)
     outputs += llm.generate(TEXTS[0], random, use_tqdm=False)
     assert llm.generate([], greedy, use_tqdm=False) == []
-    return [plain(output) for output in outputs], llm.score(TEXTS), "".join(llm.stream(TEXTS[0]))
+    streamed = "".join(llm.stream(TEXTS[0], greedy))
+    return [plain(output) for output in outputs], llm.score(TEXTS), streamed
 
 options = dict(arithmetic="exact", max_model_len=64, num_blocks=64, seed=3)
 llm = LLM(tensor_parallel_size=int(sys.argv[1]), **options)
 world = llm.mesh.world
 pathlib.Path(sys.argv[2], str(world.rank)).write_text(repr(answers(llm)))
-ordered = [output.prompt for output in llm.iterate(TEXTS, use_tqdm=False)]
+few = SamplingParams(max_tokens=2)
+ordered = [output.prompt for output in llm.iterate(TEXTS, few, use_tqdm=False)]
 assert ordered == (TEXTS if world.rank == 0 else []), ordered
 line = f"{world.rank} {llm.mesh.replica} {llm.mesh.rank}\\n"
 os.write(1, line.encode())  # in one piece: all ranks write to one file

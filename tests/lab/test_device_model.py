@@ -42,7 +42,7 @@ def test_two_ranks_give_the_fingerprint_of_one(model_dir):
 
 
 def test_ranks_that_cannot_run_are_a_difference(model_dir):
-    exact, _ = on_ranks(model_dir, module="minqwen.nothing")
+    exact, _ = on_ranks(model_dir, module="no.such.module")
     assert exact.differences[0].startswith("2 ranks: none, not ") and exact.note
 
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from support.serving import engine, served
 
-schemathesis = pytest.importorskip("schemathesis")
 MANY = ("/v1/completions", "/v1/chat/completions", "/tokenize")
 
 
 def test_no_request_is_answered_with_a_5xx(embedded_model, embedded_tokenizer):
+    schemathesis = pytest.importorskip("schemathesis")  # here, because it takes two seconds
     llm = engine(embedded_model, embedded_tokenizer, max_model_len=24)
     asked = set()
     with served(llm) as running:

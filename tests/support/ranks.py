@@ -51,7 +51,7 @@ class ThreadMesh(Mesh):
 
 def on_ranks(size: int, run: Callable[[Mesh], Result]) -> list[Result]:
     """run(mesh) on every rank, without gradients; the results in the ranks' order."""
-    barrier, board = threading.Barrier(size, timeout=60), [torch.empty(0)] * size
+    barrier, board = threading.Barrier(size, timeout=600), [torch.empty(0)] * size
 
     def one(rank: int) -> Result:
         try:
