@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.exact import build
+from support.exact import build, random_model
 from support.paged import random_chunks, run_paged
 from support.qwen2 import error, oracle, ours, tokens, yarn
 
@@ -123,6 +124,17 @@ def test_weights_that_an_arithmetic_has_changed_are_not_saved(embedded_weights, 
     with pytest.raises(CheckpointError, match="exact arithmetic"):
         build(embedded_weights, "exact").save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("arithmetic", ["native", "exact", "fast"])
+def test_a_weight_that_is_taken_away_is_kept_by_nobody(arithmetic):
+    """Neither as what was prepared, nor in a packed form."""
+    model = build(random_model(), arithmetic)
+    for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        weight = weakref.ref(linear.weight)
+        model.set_parameter(name, None)
+        assert weight() is None and linear.weight.is_meta and not linear.is_here
 
 
 def test_an_arithmetic_is_named_or_given():
