@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from minqwen.files import printable
+
 Flag = Annotated[bool, Field(strict=True)]
 Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -180,7 +182,8 @@ def _are_numbers(value: dict[str, Any]) -> dict[str, float]:
         try:
             value[key] = NUMBER.validate_python(number)
         except ValidationError as error:
-            raise ValueError(f"{key[:20]}: {first_mistake(error.errors())[1]}") from None
+            mistake = first_mistake(error.errors())[1]
+            raise ValueError(f"{printable(key[:20])}: {mistake}") from None
     return value
 
 
