@@ -45,11 +45,8 @@ class Model(BaseModel):
         if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = (name for name in value if name not in known)
-        first = next(unknown, None)
-        if next(unknown, None) is None:
-            return value
-        return {name: part for name, part in value.items() if name in known or name == first}
+        left_out = set([name for name in value if name not in known][1:])
+        return {name: part for name, part in value.items() if name not in left_out}
 
 
 # ---- parts --------------------------------------------------------------------------------------
