@@ -237,6 +237,15 @@ def test_who_reads_the_prefix_cache_and_who_does_not():
         return completion.num_cached
 
     assert (found(), found(), found(prompt_logprobs=0)) == (0, 4, 0)
+    params = SamplingParams()
+    request = Request(request_id="r", params=params, prompt_ids=[1, 2, 3, 4, 5])
+    runs = Completion(request=request, params=params, ids=[1, 2, 3, 4, 5], num_prompt=5, seed=0)
+    scheduler.add(runs)
+    scheduler.schedule()
+    assert (runs.num_cached, runs.computed) == (4, 4)
+    scheduler.start_over(True)
+    assert (runs.num_cached, runs.computed) == (0, 0), "what it had found does not count any more"
+    scheduler.finish(runs)
     scheduler.start_over(False)
     assert (found(), found()) == (0, 0)
     scheduler.start_over(True)

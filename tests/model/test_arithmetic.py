@@ -113,6 +113,12 @@ def test_native_stores_and_computes_in_one_dtype_and_keeps_the_weights():
         assert ops.wide_dtype(dtype) == dtype
 
 
+@pytest.mark.parametrize("ops", [Native(), Exact()], ids=["native", "exact"])
+def test_scores_are_divided_by_the_root_of_the_heads_width(ops):
+    assert [ops.attention_scale(d) for d in (1, 16, 64, 256)] == [1, 0.25, 0.125, 0.0625]
+    assert ops.attention_scale(80) == pytest.approx(0.11180339887498948, rel=1e-15)
+
+
 def test_exact_sums_in_any_order_in_float64_and_changes_the_weights():
     ops = Exact()
     assert ops.order_free and not ops.can_save
