@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from minqwen.files import printable
+
 Flag = Annotated[bool, Field(strict=True)]
 Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -43,11 +45,8 @@ class Model(BaseModel):
         if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = (name for name in value if name not in known)
-        first = next(unknown, None)
-        if next(unknown, None) is None:
-            return value
-        return {name: part for name, part in value.items() if name in known or name == first}
+        left_out = set([name for name in value if name not in known][1:])
+        return {name: part for name, part in value.items() if name not in left_out}
 
 
 # ---- parts --------------------------------------------------------------------------------------
@@ -180,7 +179,8 @@ def _are_numbers(value: dict[str, Any]) -> dict[str, float]:
         try:
             value[key] = NUMBER.validate_python(number)
         except ValidationError as error:
-            raise ValueError(f"{key[:20]}: {first_mistake(error.errors())[1]}") from None
+            mistake = first_mistake(error.errors())[1]
+            raise ValueError(f"{printable(key[:20])}: {mistake}") from None
     return value
 
 

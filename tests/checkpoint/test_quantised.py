@@ -31,7 +31,7 @@ from support.ranks import on_ranks
 from minqwen.checkpoint import Checkpoint
 from minqwen.checkpoint.quantization import PackedWeight, Packing
 from minqwen.checkpoint.reader import WeightDirectory
-from minqwen.errors import MinqwenError
+from minqwen.errors import CheckpointError, MinqwenError
 from minqwen.heads.layout import layout
 from minqwen.heads.packed import extend_packed
 from minqwen.heads.tensors import extend_tensor
@@ -335,3 +335,29 @@ def test_what_is_saved_again_is_unquantised(tmp_path):
     saved = read(tmp_path / "b")
     assert saved.keys() == expected.keys()
     assert all(bits_equal(saved[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.long, lambda t: t.sum().int()], ids=["I64", "()"])
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_a_part_of_a_dtype_that_nobody_packs_in_and_a_scalar_are_refused(tmp_path, part, change):
+    config = tiny()
+    path = tmp_path / "model"
+    tensors = checkpoint(path, config)
+    name = next(name for name in tensors if name.endswith(part))
+    write(path, config, {**tensors, name: change(tensors[name])}, 2)
+    for reader in (Checkpoint, open_weights):
+        with pytest.raises(CheckpointError, match="expected a weight vector or matrix") as error:
+            reader(path)
+        assert name in str(error.value)
+
+
+def test_a_plain_tensor_of_a_quantised_checkpoint_must_be_a_weight_too(tmp_path):
+    config = tiny()
+    path = tmp_path / "model"
+    tensors = checkpoint(path, config)
+    name = "model.norm.weight"
+    for odd in (tensors[name].long(), tensors[name].sum()):
+        write(path, config, {**tensors, name: odd}, 2)
+        with pytest.raises(CheckpointError, match="expected a weight vector or matrix") as error:
+            Checkpoint(path)
+        assert name in str(error.value)

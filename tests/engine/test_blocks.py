@@ -219,6 +219,39 @@ def test_who_waits_with_blocks_of_a_prompt_loses_them_first_and_the_last_of_them
     assert scheduler.pool.num_free == 6 and not scheduler.make_room()
 
 
+def test_who_reads_the_prefix_cache_and_who_does_not():
+    """Prompt logprobs come of computing; and after a change nothing may be shared for a while."""
+    scheduler = Scheduler(BlockPool(9, 2), max_num_seqs=1, max_num_batched_tokens=9)
+
+    def found(**fields) -> int:
+        """How many tokens of one and the same prompt of five the cache had."""
+        params = SamplingParams(**fields)
+        ids = [1, 2, 3, 4, 5]
+        request = Request(request_id="r", params=params, prompt_ids=ids)
+        completion = Completion(request=request, params=params, ids=ids, num_prompt=5, seed=0)
+        scheduler.add(completion)
+        (item,) = scheduler.schedule()
+        scheduler.computed(completion, item.count)
+        completion.end("stop")
+        scheduler.finish(completion)
+        return completion.num_cached
+
+    assert (found(), found(), found(prompt_logprobs=0)) == (0, 4, 0)
+    params = SamplingParams()
+    request = Request(request_id="r", params=params, prompt_ids=[1, 2, 3, 4, 5])
+    runs = Completion(request=request, params=params, ids=[1, 2, 3, 4, 5], num_prompt=5, seed=0)
+    scheduler.add(runs)
+    scheduler.schedule()
+    assert (runs.num_cached, runs.computed) == (4, 4)
+    scheduler.start_over(True)
+    assert (runs.num_cached, runs.computed) == (0, 0), "what it had found does not count any more"
+    scheduler.finish(runs)
+    scheduler.start_over(False)
+    assert (found(), found()) == (0, 0)
+    scheduler.start_over(True)
+    assert (found(prompt_logprobs=1), found(), found(prompt_logprobs=1)) == (0, 4, 0)
+
+
 def test_who_is_first_gets_room_from_as_many_as_it_takes():
     """Two wait with the same two blocks: only the second that gives them up sets them free."""
     scheduler = Scheduler(BlockPool(4, 2), max_num_seqs=3, max_num_batched_tokens=9)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.exact import build
+from support.exact import build, random_model
 from support.paged import random_chunks, run_paged
 from support.qwen2 import error, oracle, ours, tokens, yarn
 
@@ -112,6 +113,12 @@ def test_native_stores_and_computes_in_one_dtype_and_keeps_the_weights():
         assert ops.wide_dtype(dtype) == dtype
 
 
+@pytest.mark.parametrize("ops", [Native(), Exact()], ids=["native", "exact"])
+def test_scores_are_divided_by_the_root_of_the_heads_width(ops):
+    assert [ops.attention_scale(d) for d in (1, 16, 64, 256)] == [1, 0.25, 0.125, 0.0625]
+    assert ops.attention_scale(80) == pytest.approx(0.11180339887498948, rel=1e-15)
+
+
 def test_exact_sums_in_any_order_in_float64_and_changes_the_weights():
     ops = Exact()
     assert ops.order_free and not ops.can_save
@@ -123,6 +130,17 @@ def test_weights_that_an_arithmetic_has_changed_are_not_saved(embedded_weights, 
     with pytest.raises(CheckpointError, match="exact arithmetic"):
         build(embedded_weights, "exact").save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("arithmetic", ["native", "exact", "fast"])
+def test_a_weight_that_is_taken_away_is_kept_by_nobody(arithmetic):
+    """Neither as what was prepared, nor in a packed form."""
+    model = build(random_model(), arithmetic)
+    for name in ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        weight = weakref.ref(linear.weight)
+        model.set_parameter(name, None)
+        assert weight() is None and linear.weight.is_meta and not linear.is_here
 
 
 def test_an_arithmetic_is_named_or_given():

@@ -106,7 +106,9 @@ def test_a_mistake_among_many_names_is_told(run):
     status, answer = send(run, "/v1/completions", body)
     assert (status, answer["error"]["param"]) == (400, "logit_bias")
     assert answer["error"]["message"] == "logit_bias: 2: Input should be a valid number"
-    strangers = {"prompt": "a", "one": 1, "two": 2}
+    half = {**body, "logit_bias": {"\ud800" * 50: "x"}}
+    assert send(run, "/v1/completions", half)[1]["error"]["param"] == "logit_bias"
+    strangers = {"prompt": "a", "one": 1, "two": 2, "\ud800": 3}
     assert "'one'" in str(send(run, "/v1/completions", strangers))
     assert send(run, "/v1/completions", {**body, "logit_bias": {"1": 0, "2": -1.5}})[0] == 200
 
