@@ -29,6 +29,7 @@ from minqwen.interrupts import SIGNALS, terminate
 
 NEVER = float("inf")
 DIED = "died (killed, crashed or out of memory)"
+SILENT = "has been silent"
 MISSED = "left while it was still needed (by sys.exit, or at the end of its script)"
 TORCHRUN = -1  # stands for torchrun's own process where ranks are numbered
 STARTING = 60  # seconds that a rank has at least to arrive, and from there to its first collective
@@ -268,7 +269,18 @@ class Watch(threading.Thread):
             if self.lost or (self.ended and not self.failing):
                 time.sleep(0.1)
                 self._look(0)  # peers that died at the same time are named in the same line
+                self._wait_for_words()
                 self._end()
+
+    def _wait_for_words(self) -> None:
+        """When a peer is silent, the others say something new, or are lost too: those that became
+        silent at the same time had spoken last at different times."""
+        now = time.monotonic()
+        while any(why.startswith(SILENT) for why in self.lost.values()):
+            others = self.peers.keys() - self.lost.keys() - self.left
+            if self.ended or TORCHRUN in self.lost or all(self.heard[r] > now for r in others):
+                return
+            self._look(self.beat)
 
     def _look(self, wait: float) -> None:
         """Waits up to `wait` seconds for something to happen, then updates `left` and `lost`."""
@@ -384,9 +396,7 @@ class Watch(threading.Thread):
         patience = self.timeout if self.failed_at == NEVER else min(self.timeout, 5)
         for r, then in self.heard.items():
             if now - then > patience and r not in self.left:
-                self.lost.setdefault(
-                    r, f"has been silent for {patience:g} s (stopped, hung or cut off)"
-                )
+                self.lost.setdefault(r, f"{SILENT} for {patience:g} s (stopped, hung or cut off)")
 
     def _note_missed(self, now: float) -> None:
         """Peers that left are lost if they have not joined the collective in which this rank waits,

@@ -98,7 +98,7 @@ def ranks(monkeypatch, board):
         vars(rank).update(
             rank=0, size=6, node=0, beat=1.0, timeout=8.0, leaving=False, failing=False,
             ended=False, peers=peers, pidfds={r: 1000 + r for r in (TORCHRUN, 1, 2, 3)},
-            poll=Ready(), waker=-1, looked=100.0, left=set(), lost={}, words=words,
+            poll=Ready(), waker=-1, looked=100.0, left=set(), lost={}, words=dict(words),
             heard=dict.fromkeys(peers, 100.0), moved=dict.fromkeys(peers, 100.0), board=board,
             waiting=False, patient=False, awaited=None, awaited_since=100.0, exit_at=NEVER,
             exit_code=130, failed_at=NEVER, store=Store(words, over=(4, 5)), questions={}, beats=0,
@@ -147,6 +147,24 @@ def test_a_neighbour_that_lost_the_store_speaks_for_one_that_did_not(ranks, capf
     assert line(rank, capfd) == ""
 
 
+def test_who_became_silent_a_beat_later_is_named_too_and_who_speaks_is_not(ranks, capfd):
+    rank, clock = ranks()
+    rank.peers = {r: rank.peers[r] for r in (1, 4, 5)}
+    rank.heard = {1: 102.5, 4: 100.0, 5: 101.5}
+    rank.moved = dict(rank.heard)
+
+    def poll(milliseconds):
+        clock[0] += milliseconds / 1000
+        if clock[0] > 109.5:
+            rank.store.words[1] = Word(beats=7)  # it is late
+        return []
+
+    rank.poll.poll = poll
+    silent = "has been silent for 8 s (stopped, hung or cut off)"
+    said = f"error: rank 4 of 6 (pid 5000004) {silent}; rank 5 of 6 (pid 5000005) {silent}"
+    assert line(rank, capfd) == said + ": all ranks stop\n"
+
+
 def test_of_two_neighbours_that_lost_torchrun_one_speaks(ranks, capfd):
     rank, _ = ranks(poll=Ready(1000 + TORCHRUN))
     assert line(rank, capfd) == "error: torchrun " + DIED + ": all ranks stop\n"
@@ -192,7 +210,7 @@ def test_a_signal_ends_a_rank_after_two_seconds_and_its_neighbours_do_not_call_t
     assert line(one, capfd, status=130) == ""
     two, _ = ranks(poll=Ready(1000), rank=1, exit_at=104.0)
     two.peers, two.pidfds = {0: Process(PIDS, "here", 0)}, {0: 1000}
-    two.store.words[0] = Word()
+    two.store.words[0] = two.words[0] = Word()
     two._look(0)
     assert not two.lost and two.left == {0}
 
@@ -241,7 +259,7 @@ def test_a_node_that_does_not_hear_is_waited_for_five_seconds(ranks, capfd):
 
 @pytest.mark.parametrize("state", ["lost", "left"])
 def test_a_node_that_is_lost_or_has_left_is_not_waited_for(ranks, capfd, state):
-    gone = {4: "has been silent", 5: "has been silent"} if state == "lost" else {4, 5}
+    gone = dict.fromkeys((4, 5), "cannot be reached") if state == "lost" else {4, 5}
     words = {r: Word() for r in range(1, 6)}
     rank, clock = ranks(poll=Ready(1001), store=Store(words), **{state: gone})
     assert "rank 1 of 6 (pid 5000001) died" in line(rank, capfd)
