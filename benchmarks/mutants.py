@@ -93,7 +93,7 @@ ROOMS = {
         ("minqwen/model/arithmetic.py", "minqwen/model/exact.py"),
         ("model/test_arithmetic.py", "model/test_exact_zeros.py", "model/test_exact_functions.py")
         + ("model/test_exact_sums.py", "model/test_rope.py", "sampling/test_exact.py")
-        + ("model/test_fast.py",),
+        + ("model/test_exact_accuracy.py", "model/test_fast.py"),
     ),
     "heads": Room(
         ("minqwen/heads/*.py",),

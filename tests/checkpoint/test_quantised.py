@@ -361,3 +361,22 @@ def test_a_plain_tensor_of_a_quantised_checkpoint_must_be_a_weight_too(tmp_path)
         with pytest.raises(CheckpointError, match="expected a weight vector or matrix") as error:
             Checkpoint(path)
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("part", [(2, 0, 1), (0, 1, 10**6), (1, 5, 4), (0, -1, 3)])
+def test_a_slice_that_a_quantised_weight_has_not_is_refused(tmp_path, part):
+    path = tmp_path / "model"
+    checkpoint(path, tiny())
+    weights = Checkpoint(path)
+    name = next(iter(weights.packed.parts))
+    with pytest.raises(CheckpointError, match="expected one with a slice") as error:
+        weights.read(name, Shard(*part))
+    assert name in str(error.value)
+
+
+def test_a_quantised_checkpoint_without_words_is_refused(tmp_path):
+    path = tmp_path / "model"
+    config = tiny()
+    write(path, config, plain(checkpoint(path, config), GPTQ), 2)
+    with pytest.raises(CheckpointError, match="no weight is in words"):
+        Checkpoint(path)

@@ -9,6 +9,7 @@ import torch
 from support.checkpoints import refusal
 from support.heads import random_model
 from support.paths import EMBEDDED
+from support.quantised import LINEARS, checkpoint, tiny
 
 from minqwen import Checkpoint, ModelConfig
 from minqwen.checkpoint import write_checkpoint
@@ -154,3 +155,17 @@ def test_an_extension_is_not_extended_again_but_may_be_named_as_it_is(small, tmp
     extend(small, tmp_path / "wide", layout(ModelConfig.from_json(small), 32))
     refusal(lambda: open_weights(tmp_path / "wide", 64), "wide", "extended already")
     assert isinstance(open_weights(tmp_path / "wide", 32), Checkpoint)
+
+
+def test_words_of_weights_with_heads_are_not_those_of_the_file(tmp_path):
+    """Nobody may take them for the weights that are read; those without heads are as they lie."""
+    checkpoint(tmp_path / "packed", tiny(), linears=LINEARS)
+    source = Checkpoint(tmp_path / "packed")
+    view = ExtendedCheckpoint(source, layout(source.config, 4))
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        words = view.words_of(f"model.layers.0.self_attn.{name}.weight")
+        assert words == "they have other heads here than in their files"
+    for name in ("gate_proj", "down_proj"):
+        words = view.words_of(f"model.layers.0.mlp.{name}.weight")
+        assert words is not None and words is source.words_of(f"model.layers.0.mlp.{name}.weight")
+    assert view.words_of("model.norm.weight") is None

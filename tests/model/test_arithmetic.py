@@ -119,6 +119,16 @@ def test_scores_are_divided_by_the_root_of_the_heads_width(ops):
     assert ops.attention_scale(80) == pytest.approx(0.11180339887498948, rel=1e-15)
 
 
+@pytest.mark.parametrize("ops", [Native(), Exact()], ids=["native", "exact"])
+def test_a_head_is_turned_by_the_angle_of_each_pair(ops):
+    """Pairs are (0, 2) and (1, 3): the first by a quarter, the second by 3/5 and 4/5."""
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [5.0, 0.0, -1.0, 10.0]]])  # [1, 2, 4]
+    cos, sin = torch.tensor([[[0.0, 0.6] * 2]]), torch.tensor([[[1.0, 0.8] * 2]])
+    found = ops.rotate(x, cos, sin)
+    want = torch.tensor([[[-3.0, -2.0, 1.0, 4.0], [1.0, -8.0, 5.0, 6.0]]])
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+
+
 def test_exact_sums_in_any_order_in_float64_and_changes_the_weights():
     ops = Exact()
     assert ops.order_free and not ops.can_save

@@ -30,6 +30,8 @@ def test_exp_is_within_its_bound_and_the_same_in_any_grouping():
     assert exact.snap(
         exact.exp(torch.tensor([-math.inf, -1e9], dtype=torch.float64)), 2.0**-36
     ).tolist() == [0, 0]
+    far = torch.tensor([-math.inf, -1e9, -708.5], dtype=torch.float64)
+    assert exact.exp(far).tolist() == [0, 0, 0]
     assert exact.exp(torch.tensor([math.nan], dtype=torch.float64)).isnan()
     x = torch.tensor(xs * 20, dtype=torch.float64)
     assert same([exact.exp(x)], [torch.cat([exact.exp(part) for part in x.split(1001)])])

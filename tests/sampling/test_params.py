@@ -208,3 +208,10 @@ def test_the_signature_names_the_fields():
     assert str(signature).startswith("(n: int = 1, temperature: float = 1.0, top_p: float = 1.0, ")
     assert signature.parameters["max_tokens"].default == 256
     assert SamplingParams(2, 0.5).temperature == 0.5
+
+
+def test_a_bias_is_from_minus_100_to_100():
+    assert SamplingParams(logit_bias={1: -100, 2: 100}).logit_bias == {1: -100, 2: 100}
+    for bias in (-100.5, 100.5):
+        with pytest.raises(SamplingError, match=r"logit_bias\[3\]"):
+            SamplingParams(logit_bias={3: bias})
