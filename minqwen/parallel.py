@@ -26,6 +26,7 @@ import fcntl
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -462,15 +463,39 @@ def _store(user: str) -> dist.Store:
     """A new connection to torchrun's store. Each user, after each restart, has its own keys."""
     host, port = os.environ.get("MASTER_ADDR", "localhost"), _env_number("MASTER_PORT", 29500)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    try:
-        store = dist.TCPStore(host, port, is_master=False, timeout=CONNECTING)
-        store.set_timeout(ANSWERING)
-    except RuntimeError as error:
-        raise ParallelError(
-            f"rank {_env_number('RANK', 0)} cannot reach torchrun's store at {host}:{port} "
-            f"({str(error).splitlines()[0]}): is the port another program's?"
-        ) from None
-    return dist.PrefixStore(f"minqwen/{attempt}/{user}", store)
+    if (host, port) not in _unreachable:
+        store = _connected(host, port)
+        if not isinstance(store, str):
+            return dist.PrefixStore(f"minqwen/{attempt}/{user}", store)
+        _unreachable[host, port] = store
+    raise ParallelError(
+        f"rank {_env_number('RANK', 0)} cannot reach torchrun's store at {host}:{port} "
+        f"({_unreachable[host, port]}): is the port another program's?"
+    )
+
+
+_unreachable: dict[tuple[str, int], str] = {}  # stores that nobody tries again, and why
+
+
+def _connected(host: str, port: int) -> dist.TCPStore | str:
+    """The store at this address, or why there is none.
+
+    A thread asks for it: PyTorch waits for ever where another program listens and says nothing.
+    """
+    found: list[dist.TCPStore | str] = []
+
+    def connect() -> None:
+        try:
+            store = dist.TCPStore(host, port, is_master=False, timeout=CONNECTING)
+            store.set_timeout(ANSWERING)
+            found.append(store)
+        except RuntimeError as error:
+            found.append(str(error).splitlines()[0])
+
+    thread = threading.Thread(target=connect, name="minqwen-store", daemon=True)
+    thread.start()
+    thread.join(1.25 * CONNECTING.total_seconds())
+    return found[0] if found else "it does not answer"
 
 
 def _ranks_of_replica(ranks: int, wanted: int | None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from support.forked import forked
 from support.torchrun import torchrun
 
+from minqwen import parallel
 from minqwen.config import ModelConfig
 from minqwen.errors import ParallelError
 from minqwen.parallel import PLAN, SINGLE, Mesh, Shard, check_degree, shard, valid_degrees
@@ -240,3 +243,20 @@ def test_collectives_agree_on_every_rank_and_listen_on_loopback(
         assert listens and set(listens) == {"127.0.0.1"} and interface in ("lo", "lo0")
     noise = re.sub(r"(?s)\n?\*+\nSetting OMP_NUM_THREADS.*?\n\*+\n", "", done.stderr)
     assert noise.strip() == ""
+
+
+def test_a_program_that_is_no_store_and_says_nothing_is_not_waited_for(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        started = {
+            **{"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"},
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        for name, value in started.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(parallel, "CONNECTING", timedelta(seconds=0.2))
+        said = f"rank 1 cannot reach torchrun's store at 127.0.0.1:{port} .*another program's"
+        for _ in range(2):  # the second is not tried again
+            with pytest.raises(ParallelError, match=said):
+                Mesh.from_env("cpu")
