@@ -130,10 +130,20 @@ def wait_for(text: str, process: subprocess.Popen[bytes], keys: int, errors: Pat
 
 def one(phase: str, ranks: int, number: int) -> tuple[float, str]:
     """Seconds to the end of the last process, and what is wrong with it."""
+    found = None
+    while found is None:
+        found = attempt(phase, ranks, number)
+    return found
+
+
+def attempt(phase: str, ranks: int, number: int) -> tuple[float, str] | None:
+    """The same; None if the run had ended before the signal came."""
     with tempfile.TemporaryDirectory() as directory:
         errors = Path(directory, "errors")
         with started(phase, ranks, errors) as (process, keys):
             wait_for(PHASES[phase][1], process, keys, errors)
+            if process.poll() == 0:
+                return None
             began = time.monotonic()
             process.send_signal(number)
             code = process.wait()
