@@ -88,7 +88,8 @@ class Runner:
         If it has another dtype now, or is on another device, it needs another cache.
         """
         self._renew_cache()
-        self.steps = None  # before there are others, so that their memory is free
+        # Before there are others, so that their memory is free.
+        self.steps, self.why_eager = None, ""
         if not self.enforce_eager:
             try:
                 self.steps = steps_of(self.model, self.cache, self.max_model_len, self.max_num_seqs)

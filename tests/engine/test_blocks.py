@@ -149,6 +149,20 @@ def queued(scheduler: Scheduler, arrival: int, tokens: int, salt: str | None = N
     return completion
 
 
+def fork(scheduler: Scheduler, parent: Completion, index: int) -> Completion:
+    """Another completion of the parent's request, whose prompt is computed."""
+    child = Completion(
+        request=parent.request,
+        params=parent.params,
+        ids=list(parent.ids),
+        num_prompt=parent.num_prompt,
+        seed=0,
+        index=index,
+    )
+    scheduler.fork(parent, child)
+    return child
+
+
 def step(scheduler: Scheduler) -> list[tuple[Completion, int]]:
     """One step, after which each completion that reached its end has another token."""
     parts = scheduler.schedule()
@@ -192,19 +206,7 @@ def test_who_waits_with_blocks_of_a_prompt_loses_them_first_and_the_last_of_them
     parent = queued(scheduler, 0, 5)
     scheduler.schedule()
     scheduler.computed(parent, 5)
-    children = []
-    for index in (1, 2):
-        child = Completion(
-            request=parent.request,
-            params=parent.params,
-            ids=list(parent.ids),
-            num_prompt=5,
-            seed=0,
-            index=index,
-        )
-        scheduler.fork(parent, child)
-        children.append(child)
-    first, second = children
+    first, second = (fork(scheduler, parent, index) for index in (1, 2))
     assert first.blocks == second.blocks == parent.blocks[:2]  # not that of the last token
     assert first.computed == first.num_cached == 4 and len(first.records) == 2
     assert scheduler.pool.references[parent.blocks[0]] == 3
@@ -259,15 +261,7 @@ def test_who_is_first_gets_room_from_as_many_as_it_takes():
     scheduler.schedule()
     scheduler.computed(parent, 5)
     for index in (1, 2):
-        child = Completion(
-            request=parent.request,
-            params=parent.params,
-            ids=list(parent.ids),
-            num_prompt=5,
-            seed=0,
-            index=index,
-        )
-        scheduler.fork(parent, child)
+        fork(scheduler, parent, index)
     parent.end("stop")
     scheduler.finish(parent)
     first = queued(scheduler, 0, 7)
