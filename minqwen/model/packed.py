@@ -17,6 +17,9 @@ from minqwen.errors import ConfigError
 
 HALF_MAX = torch.finfo(torch.float16).max
 ROWS_AT_ONCE = 1024  # of a matrix that is examined: its float32 copy would take twice its memory
+# oneDNN's bfloat16 products read the weights faster for so many rows of x than for fewer of them
+# (docs/speed.md has by how much).
+FEWEST_ROWS = 4
 
 
 class Form(Protocol):
@@ -88,7 +91,10 @@ class Blocked:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return blocked_product(x, self.packed, bias)
+        if len(x) >= FEWEST_ROWS:
+            return blocked_product(x, self.packed, bias)
+        padded = F.pad(x, (0, 0, 0, FEWEST_ROWS - len(x)))
+        return blocked_product(padded, self.packed, bias)[: len(x)]
 
     def weight(self) -> Tensor:
         dense: Tensor = self.packed.to_dense()

@@ -130,10 +130,13 @@ def test_a_packed_weight_has_every_bit(kind, dtype):
     weight = (torch.randn(70, 50, generator=generator) * 0.02).to(dtype)
     weight[0, :6] = torch.tensor([0.0, -0.0, 6e-5, -6e-8, 1e-7, 0.9]).to(dtype)
     assert torch.equal(form_of(kind, weight).weight(), weight)
-    x = torch.randn(3, 50, generator=generator).to(dtype)
+    x = torch.randn(5, 50, generator=generator).to(dtype)
     bias = torch.randn(70, generator=generator).to(dtype)
     truth = x.double() @ weight.double().t() + bias.double()
-    assert error(form_of(kind, weight).product(x, bias), truth) < 0.01
+    for rows in (1, 3, 5):
+        found = form_of(kind, weight).product(x[:rows], bias)
+        assert found.shape == (rows, 70)
+        assert error(found, truth[:rows]) < 0.01
 
 
 def test_ordinary_bfloat16_weights_fit_float16_when_they_are_scaled():
