@@ -290,6 +290,10 @@ class Native:
         pattern = tap("attn.pattern", torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype))
         return weighted_values(head_matmul, pattern, v, hidden)
 
+    def scores_held(self, q: Tensor) -> int:
+        """How many scores `attend` holds for each pair of a token of q [T, H, d] and a key."""
+        return q.shape[1]
+
     def attend_dense(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, tap: Tap
     ) -> Tensor:
@@ -310,7 +314,8 @@ class Native:
     ) -> Tensor:
         """The same for new tokens against their whole context, which the cache then holds."""
         cache.write(layer, batch.slots, *self.cached(k, v))
-        return paged_attention(self.attend, q, batch, scale, tap, cache, layer)
+        held = self.scores_held(q)
+        return paged_attention(self.attend, q, batch, scale, tap, cache, layer, held)
 
     # ---- from logits to a token
 

@@ -23,7 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, Tap], Tensor]
 
 
 def tile_rows(device: torch.device, scores_per_row: int) -> int:
-    """How many query tokens attend at a time, if each of them has so many scores.
+    """How many query tokens attend at a time, if so many scores are held of each of them.
 
     Memory then grows with the context and not with its square, and on a CPU the passes over a tile
     find it in the second-level cache.
@@ -84,9 +84,18 @@ def dense_attention(
 
 
 def paged_attention(
-    attend: Attend, q: Tensor, batch: Batch, scale: float, tap: Tap, cache: KVCache, layer: int
+    attend: Attend,
+    q: Tensor,
+    batch: Batch,
+    scale: float,
+    tap: Tap,
+    cache: KVCache,
+    layer: int,
+    held: int,
 ) -> Tensor:
     """New tokens against their whole context in the cache. q [T, H, d] -> [T, H, d].
+
+    held: how many scores `attend` holds for each pair of a query token and a key.
 
     The G query heads of a group become rows against one key/value head, so nothing is repeated.
     Sequences that bring one token go together; one that brings more goes alone.
@@ -100,7 +109,8 @@ def paged_attention(
         if span.query_len == 1:
             parts.append(_decode(attend, tokens, k, v, span, scale, tap))
         else:
-            parts += _prefill(attend, tokens, k, v, span, scale, tap)
+            tile = tile_rows(q.device, held * span.length) if tap.tiles else span.query_len
+            parts += _prefill(attend, tokens, k, v, span, scale, tap, tile)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -118,11 +128,11 @@ def _decode(
 
 
 def _prefill(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, tap: Tap
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, tap: Tap, tile: int
 ) -> list[Tensor]:
-    """Several tokens of one sequence, a tile of them at a time. q [R, H, d] -> [n, H, d] each."""
+    """Several tokens of one sequence, `tile` of them at a time. q [R, H, d] -> [n, H, d] each."""
     (R, H, d), K, L = q.shape, k.shape[1], span.length
-    tile = min(R, tile_rows(q.device, H * L)) if tap.tiles else R
+    tile = min(R, tile)
     future = causal_mask(tile, q.device).repeat(H // K, 1, 1)  # [G, tile, tile]
     parts = []
     for r in range(0, R, tile):
