@@ -24,7 +24,7 @@ from minqwen.engine.arguments import OF_VLLM, without_vllm
 from minqwen.errors import ConfigError
 from minqwen.model import Qwen2
 from minqwen.model.kv_cache import KV_DTYPES
-from minqwen.model.memory import block_bytes, blocks_that_fit
+from minqwen.model.memory import block_bytes, blocks_that_fit, memory_of
 from minqwen.model.qwen2 import check_kv_dtype
 
 MAX_BLOCK_SIZE = 256
@@ -228,10 +228,3 @@ def available_memory() -> int:
     except OSError:  # not Linux
         pass
     return memory_of(torch.device("cpu")) // 2
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has, in use or free."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -25,7 +25,7 @@ from minqwen.lab.device import Outcome
 from minqwen.lab.peak_memory import TIED, measure
 from minqwen.lab.peak_memory import Job as MemoryJob
 from minqwen.lab.planner import GB, Planner
-from minqwen.model.exact import memory
+from minqwen.model.memory import memory_of
 from minqwen.parallel import Mesh
 
 STEP_TOKENS = 2048
@@ -116,7 +116,7 @@ def described(
 def lacks_memory(setup: Setup) -> str:
     """Why the weights do not fit on the device with some room beside them; "" if they do."""
     device = torch.device(setup.device)
-    needed, there = setup.config().weight_bytes(), memory(device)
+    needed, there = setup.config().weight_bytes(), memory_of(device)
     if needed * 5 // 4 < there:
         return ""
     return f"the weights take {needed / GB:.1f} GB of {there / GB:.1f} GB"

@@ -31,7 +31,6 @@ what does not.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from fractions import Fraction
@@ -45,6 +44,7 @@ from minqwen.errors import ConfigError, MinqwenError
 from minqwen.model.arithmetic import Linear, Native, RowParallelLinear, is_watched, version
 from minqwen.model.attention import weighted_values
 from minqwen.model.emulation import refuse_emulation
+from minqwen.model.memory import memory_of
 from minqwen.model.rope import inverse_frequencies
 from minqwen.model.trace import Tap
 from minqwen.parallel import SINGLE, Mesh
@@ -335,7 +335,7 @@ class Exact(Native):
         if self.widen is not None or weight.device.type == "cpu":
             return bool(self.widen)
         self.widened_bytes += 8 * weight.numel()
-        return self.widened_bytes <= memory(weight.device) // 2
+        return self.widened_bytes <= memory_of(weight.device) // 2
 
     def rotary_table(
         self,
@@ -611,10 +611,3 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     for out, some in zip(y.split(rows, 1), weight.split(rows)):
         torch.mm(x, wide[: len(some)].copy_(some).t(), out=out)
     return y
-
-
-def memory(device: torch.device) -> int:
-    """Bytes of memory that the device has, used or not."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -7,10 +7,13 @@ planner estimates with it.
 Not counted is the scratch memory of oneDNN's 16-bit products, because it depends on the library's
 choice of tiles and on the size of the CPU's caches. It does not grow with the step: at most 200 KB
 for each thread, measured for products of 1 x 896 x 4864 to 2048 x 3584 x 18944.
+Nor is the mask that fast arithmetic's attention has on a CPU: 6 bytes for 2^18 pairs and each head
+of a group, 11 MB for the 7B.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +28,13 @@ from minqwen.parallel import kv_heads_per_rank, vocab_rows_per_rank
 
 Lengths = tuple[int, ...]  # tokens of each sequence
 ID_BYTES = 8  # token ids, and all numbers in a Batch, are int64
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has, in use or free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def block_bytes(

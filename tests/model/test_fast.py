@@ -71,6 +71,28 @@ def test_error_of_the_embedded_model_is_a_faithful_implementations(cpu, dtype, e
     assert max(units(embedded_weights, dtype, ids)) < ROUNDING
 
 
+@pytest.mark.parametrize("rows", [1, 7, 33])
+def test_tiles_of_a_prompt_attend_to_what_came_before_them(rows, embedded_weights, monkeypatch):
+    """And so many fit, because no scores are held: one for each pair counts, not one a head."""
+    asked = set()
+
+    def tile_rows(device, scores_per_row):
+        asked.add(scores_per_row)
+        return rows
+
+    monkeypatch.setattr("minqwen.model.attention.tile_rows", tile_rows)
+    ids = torch.randint(2000, (1, 60), generator=torch.Generator().manual_seed(3))
+    truth = build(embedded_weights, "native", torch.float64)(ids)[0]
+    for arithmetic, scores in (
+        ("fast", 60),
+        ("native", 60 * embedded_weights[0].num_attention_heads),
+    ):
+        asked.clear()
+        [logits] = run_paged(build(embedded_weights, arithmetic, torch.float32), list(ids))
+        assert error(logits, truth) < 1e-5
+        assert asked == {scores}
+
+
 def test_float64_is_the_truth_of_native(embedded_weights):
     ids = torch.randint(2000, (1, 40), generator=torch.Generator().manual_seed(2))
     native, fast = (build(embedded_weights, a, torch.float64) for a in ("native", "fast"))
