@@ -370,7 +370,7 @@ class Bench:
         start = time.monotonic()
         for test in self.tests_of(room):
             recorder = Recorder(self.copy, files)
-            outcome, _ = self.test([test], recorder, kept := self.copy / "known.json")
+            outcome = self.test([test], recorder, kept := self.copy / "known.json")
             if outcome != "survived":
                 raise SystemExit(f"{room}: tests fail before anything is changed: {outcome}")
             known |= {name: Known(**one) for name, one in json.loads(kept.read_text()).items()}
@@ -397,10 +397,10 @@ class Bench:
             outcome = "survived"
             if first:
                 files = list(dict.fromkeys(name.split("::")[0] for name in first))
-                outcome, _ = self.test(files, Chosen(known, first, set()))
+                outcome = self.test(files, Chosen(known, first, set()))
             if outcome == "survived":
                 files = self.tests_of(mutant.room, mutant.file)
-                outcome, _ = self.test(files, Chosen(known, None, set(first)))
+                outcome = self.test(files, Chosen(known, None, set(first)))
             return outcome, time.monotonic() - start
         finally:
             self.write(path, source)
@@ -411,12 +411,9 @@ class Bench:
         self.clock += 1
         os.utime(path, (self.clock, self.clock))
 
-    def test(
-        self, files: list[str], plugin: Recorder | Chosen, kept: Path | None = None
-    ) -> tuple[str, float]:
-        """Run tests in a fork. kept: where it leaves what a recorder has found."""
+    def test(self, files: list[str], plugin: Recorder | Chosen, kept: Path | None = None) -> str:
+        """What became of tests in a fork. kept: where it leaves what a recorder has found."""
         report = self.copy / "mutant.log"
-        start = time.monotonic()
         pid = os.fork()
         if pid == 0:
             code = 99
@@ -429,10 +426,9 @@ class Bench:
             finally:
                 os._exit(code)
         status = wait(pid)
-        seconds = time.monotonic() - start
         if status in (None, -signal.SIGXCPU, -signal.SIGALRM):
-            return "hangs", seconds
-        return ("survived" if status == 0 else f"killed by {first_failure(report)}"), seconds
+            return "hangs"
+        return "survived" if status == 0 else f"killed by {first_failure(report)}"
 
     def run_tests(self, files: list[str], report: Path, plugin: Recorder | Chosen) -> int:
         """In the fork: pytest, whose last words are kept. 0 if all tests pass."""
