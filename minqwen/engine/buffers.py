@@ -24,10 +24,14 @@ class Buffers:
     tables [sequences, most blocks] and numbers [NUMBERS, sequences], int32: the new id, its
     position, its slot, how many blocks the sequence has, the last of them, and how many of its
     tokens are there. A step smaller than its graph is filled up with its last sequence again.
+
+    There is room for the largest of `sizes`, numbers of sequences, and each has room for `blocks`.
     """
 
-    def __init__(self, most: int, blocks: int, block_size: int, device: torch.device):
+    def __init__(self, sequences: int, blocks: int, block_size: int, device: torch.device):
         self.block_size = block_size
+        self.sizes = ladder(sequences)
+        most = self.sizes[-1]
         pinned: dict[str, Any] = {"pin_memory": device.type == "cuda", "dtype": torch.int32}
         self.numbers_here = torch.zeros(NUMBERS, most, **pinned)
         self.tables_here = torch.zeros(most, blocks, **pinned)
@@ -36,6 +40,10 @@ class Buffers:
             for x in (self.numbers_here, self.tables_here)
         )
         self.rows: list[list[int]] = [[] for _ in range(most)]  # what `tables_here` holds
+
+    def size_for(self, sequences: int) -> int:
+        """The smallest size that has room for so many."""
+        return next(size for size in self.sizes if size >= sequences)
 
     def fill(self, step: Sequence[Scheduled], count: int) -> None:
         """Put the step's sequences, `count` with the repeated ones, on the device."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from minqwen.engine.buffers import Buffers, Graph, announce, captured, ladder, sequences
+from minqwen.engine.buffers import Buffers, Graph, announce, captured, sequences
 from minqwen.engine.scheduler import Scheduled
 from minqwen.errors import MinqwenError
 from minqwen.model import Batch, KVCache, Qwen2
@@ -37,9 +37,8 @@ class CapturedModel:
         capture: bool = True,
     ):
         self.model, self.cache, self.longest = model, cache, max_model_len
-        self.ladder = ladder(max_num_seqs)
         most_blocks = -(-max_model_len // cache.block_size)
-        self.buffers = Buffers(self.ladder[-1], most_blocks, cache.block_size, model.device)
+        self.buffers = Buffers(max_num_seqs, most_blocks, cache.block_size, model.device)
         self.capture = capture
         self.checked: set[tuple[int, int]] = set()
         self.graphs: dict[tuple[int, int], Graph] = {}
@@ -65,9 +64,8 @@ class CapturedModel:
 
     def size_for(self, step: Sequence[Scheduled]) -> tuple[int, int]:
         """How many sequences and how many tokens of context the step's graph has room for."""
-        count = next(count for count in self.ladder if count >= len(step))
         longest = max(SHORTEST, *(item.end for item in step))
-        return count, min(1 << (longest - 1).bit_length(), self.longest)
+        return self.buffers.size_for(len(step)), min(1 << (longest - 1).bit_length(), self.longest)
 
     def decode(self, step: Sequence[Scheduled], size: tuple[int, int]) -> Tensor:
         self.buffers.fill(step, size[0])

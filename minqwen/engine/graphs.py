@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minqwen.engine.buffers import Buffers, Graph, announce, captured, ladder, sequences
+from minqwen.engine.buffers import Buffers, Graph, announce, captured, sequences
 from minqwen.engine.captured import CapturedModel
 from minqwen.engine.scheduler import Scheduled
 from minqwen.errors import MinqwenError
@@ -59,11 +59,10 @@ class Steps:
         self.rotary = model.ops.rotary_table(
             model.config, table_length(max_model_len), model.dtype, model.device
         )
-        self.ladder = ladder(max_num_seqs)
         most_blocks = -(-max_model_len // cache.block_size)
-        self.buffers = Buffers(self.ladder[-1], most_blocks, cache.block_size, model.device)
+        self.buffers = Buffers(max_num_seqs, most_blocks, cache.block_size, model.device)
         self.capture = capture
-        self.checked: set[int] = set()  # sizes of the ladder; 0 stands for several tokens
+        self.checked: set[int] = set()  # sizes of `buffers`; 0 stands for several tokens
         self.graphs: dict[int, Graph] = {}
         self.one_token, self.heads = functions.one_token, functions.heads
         self.mlp, self.mlp_of_many, self.last = functions.mlp, functions.mlp, functions.last
@@ -86,7 +85,7 @@ class Steps:
         """
         single = all(item.count == 1 for item in step)
         logits = self.decode(step) if single else self.prefill(*pack())
-        kind = self.size_for(len(step)) if single else 0
+        kind = self.buffers.size_for(len(step)) if single else 0
         if kind not in self.checked:
             self.check(logits, self.model(*pack(), self.cache))
             self.checked.add(kind)
@@ -101,14 +100,11 @@ class Steps:
                 f"and these are {float(own.float().norm()):.3g}"
             )
 
-    def size_for(self, sequences: int) -> int:
-        return next(size for size in self.ladder if size >= sequences)
-
     # ---- one token of each sequence -------------------------------------------------------------
 
     def decode(self, step: Sequence[Scheduled]) -> Tensor:
         """Logits [B, V], which the next step overwrites."""
-        count = self.size_for(len(step))
+        count = self.buffers.size_for(len(step))
         self.buffers.fill(step, count)
         if not self.capture:
             return self._decode(count)[: len(step)]
