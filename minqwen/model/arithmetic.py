@@ -314,8 +314,8 @@ class Native:
     ) -> Tensor:
         """The same for new tokens against their whole context, which the cache then holds."""
         cache.write(layer, batch.slots, *self.cached(k, v))
-        held = self.scores_held(q)
-        return paged_attention(self.attend, q, batch, scale, tap, cache, layer, held)
+        scores_held = self.scores_held(q)
+        return paged_attention(self.attend, q, batch, scale, tap, cache, layer, scores_held)
 
     # ---- from logits to a token
 

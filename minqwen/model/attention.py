@@ -91,11 +91,11 @@ def paged_attention(
     tap: Tap,
     cache: KVCache,
     layer: int,
-    held: int,
+    scores_held: int,
 ) -> Tensor:
     """New tokens against their whole context in the cache. q [T, H, d] -> [T, H, d].
 
-    held: how many scores `attend` holds for each pair of a query token and a key.
+    scores_held: how many scores `attend` holds for each pair of a query token and a key.
 
     The G query heads of a group become rows against one key/value head, so nothing is repeated.
     Sequences that bring one token go together; one that brings more goes alone.
@@ -109,7 +109,9 @@ def paged_attention(
         if span.query_len == 1:
             parts.append(_decode(attend, tokens, k, v, span, scale, tap))
         else:
-            tile = tile_rows(q.device, held * span.length) if tap.tiles else span.query_len
+            tile = span.query_len
+            if tap.tiles:
+                tile = min(tile, tile_rows(q.device, scores_held * span.length))
             parts += _prefill(attend, tokens, k, v, span, scale, tap, tile)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -132,7 +134,6 @@ def _prefill(
 ) -> list[Tensor]:
     """Several tokens of one sequence, `tile` of them at a time. q [R, H, d] -> [n, H, d] each."""
     (R, H, d), K, L = q.shape, k.shape[1], span.length
-    tile = min(R, tile)
     future = causal_mask(tile, q.device).repeat(H // K, 1, 1)  # [G, tile, tile]
     parts = []
     for r in range(0, R, tile):

@@ -380,9 +380,9 @@ class Exact(Native):
         """As Native's. Layers with one input have one grid for it, so it is snapped once."""
         if any(map(is_watched, linears)):
             return super().project(x, *linears)
-        for linear in linears:
-            check_prepared(linear)
         snapped = snapped_input(x, linears[0], SINGLE)
+        for linear in linears[1:]:
+            check_prepared(linear)
         return tuple(output(snapped, linear, SINGLE, x.dtype) for linear in linears)
 
     def head_results(self, z: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
@@ -570,11 +570,7 @@ def snapped_input(x: Tensor, linear: Linear, mesh: Mesh) -> Tensor:
     scale have theirs, so the products of the two are the same as without it. Raises MinqwenError
     if the weight is not the one that was prepared.
     """
-    weight, written = linear.prepared or (None, 0)
-    if weight is not linear.weight or written != version(linear.weight):
-        raise MinqwenError(
-            "weights changed since they were prepared for exact arithmetic: call model.prepare()"
-        )
+    check_prepared(linear)
     if linear.live is not None:
         # What meets only zeros must not move the grid either: the inputs of padded heads.
         # Only row-parallel layers have this. There every rank holds all rows of its columns.
